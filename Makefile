@@ -1,0 +1,119 @@
+# The team's verbs. `make` alone lists them.
+# Needs neither root nor git; what it cannot install it names.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+BIN := .venv/bin
+# Two: what the smallest machine that runs this has, and every test worker starts a service and a store.
+WORKERS ?= 2
+# More words for the tool behind a verb: make test ARGS='-k idempotency --no-cov'
+ARGS ?=
+# A path to write a JUnit report to (CI adds them up).
+JUNIT ?=
+PYTEST := $(BIN)/python -m pytest $(if $(JUNIT),--junitxml=$(JUNIT))
+PIP_FLAGS := --quiet --disable-pip-version-check
+KMS := $(BIN)/progressdb-kms
+
+.PHONY: help
+help: ## this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 24
+
+.PHONY: install
+install: .venv/.installed ## build .venv from the locks; again only when a lock or pyproject.toml changed
+
+.venv/.installed: requirements/dev.txt pyproject.toml
+	test -x $(BIN)/python || "$$(scripts/find-python)" -m venv .venv
+	$(BIN)/python -m pip install $(PIP_FLAGS) --require-hashes -r requirements/dev.txt
+	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps --no-build-isolation -e .
+	touch $@
+
+.PHONY: system-packages
+system-packages:
+	@scripts/system-packages
+
+.PHONY: run
+run: install system-packages ## serve from .dev over mTLS, show a round trip, until Ctrl-C
+	$(KMS) dev --dir .dev --demo $(ARGS)
+
+.PHONY: test
+test: install system-packages ## every test but the wheel's, with branch coverage
+	$(PYTEST) -n $(WORKERS) --dist loadscope -m 'not wheel' --cov --cov-report=term $(ARGS)
+
+.PHONY: test-fault
+test-fault: export FAULT_RUNS ?= 200
+test-fault: install system-packages ## the fault tests in long form (FAULT_RUNS times each)
+	$(PYTEST) tests/fault --timeout=0 $(ARGS)
+
+.PHONY: fuzz
+fuzz: export HYPOTHESIS_PROFILE := fuzz
+fuzz: install system-packages ## the property tests with 100 times the examples, and new ones each run
+	$(PYTEST) tests -m fuzz -n $(WORKERS) --timeout=0 $(ARGS)
+
+.PHONY: test-wheel
+test-wheel: install ## build the wheel and test it in fresh environments
+	$(PYTEST) tests/packaging -m wheel $(ARGS)
+
+# The quick unit tests on another Python: make test-3.12, make test-3.13
+test-3.%: .venv-3.%/.installed
+	.venv-3.$*/bin/python -m pytest $(if $(JUNIT),--junitxml=$(JUNIT)) tests/unit -m 'not slow' -n $(WORKERS) $(ARGS)
+
+# By uv, which takes seconds where pip takes a minute; hashes are checked all the same.
+.PRECIOUS: .venv-3.%/.installed
+.venv-3.%/.installed: .venv/.installed
+	$(BIN)/uv venv --quiet --clear --python "$$(scripts/find-python 3.$*)" .venv-3.$*
+	$(BIN)/uv pip install --quiet --python .venv-3.$*/bin/python --require-hashes -r requirements/dev.txt
+	$(BIN)/uv pip install --quiet --python .venv-3.$*/bin/python --no-deps --no-build-isolation -e .
+	touch $@
+
+# One target each, so that `make -k lint` shows all that is wrong.
+LINTS := lint-rules lint-format lint-types lint-imports lint-locks
+.PHONY: lint $(LINTS)
+lint: $(LINTS) ## ruff, formatting, types, import directions, locks
+$(LINTS): install
+lint-rules:
+	$(BIN)/ruff check .
+lint-format:
+	$(BIN)/ruff format --check .
+lint-types:
+	$(BIN)/mypy
+lint-imports:
+	$(BIN)/lint-imports --no-logo
+lint-locks:
+	$(BIN)/python scripts/check_locks.py
+
+.PHONY: format
+format: install ## let ruff put the code in order
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.PHONY: lock
+lock: ## write the locks from pyproject.toml (ARGS=--upgrade for newer versions)
+	test -x $(BIN)/uv || $(MAKE) install
+	UV=$(BIN)/uv scripts/lock $(ARGS)
+
+.PHONY: openapi
+openapi: install ## write docs/openapi.json
+	mkdir -p docs
+	$(KMS) openapi > docs/openapi.json.new
+	mv docs/openapi.json.new docs/openapi.json
+
+.PHONY: check-openapi
+check-openapi: install ## is docs/openapi.json what the service says of itself?
+	$(KMS) openapi | diff -u docs/openapi.json -
+
+.PHONY: bench
+bench: install system-packages ## measure requests and CPU per request (benchmarks/README.md)
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+.PHONY: test-cluster test-examples docs
+test-cluster test-examples docs:
+	@echo "make $@: there is nothing here yet" >&2; exit 1
+
+.PHONY: clean
+clean: ## remove caches, reports and builds (.venv and .dev, which holds keys, stay)
+	rm -rf build dist htmlcov .coverage .coverage.* .hypothesis .schemathesis
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .venv-3.*
+	find service tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
