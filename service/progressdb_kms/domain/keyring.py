@@ -1,0 +1,126 @@
+"""KEK versions held in memory, their check values, and the registry's record of a KEK."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Final
+
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from progressdb_kms.domain.envelope import MAX_KEK_VERSION
+from progressdb_kms.domain.errors import KekFileInvalid, KekUnavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+KEK_BYTES: Final = 32
+_CHECK_LABEL: Final = b"progressdb-kms/kek-check/v1"
+
+
+class KekState(StrEnum):
+    """States of a KEK version. Exactly one version is active: new wraps use it."""
+
+    STAGED = "staged"
+    ACTIVE = "active"
+    DECRYPT_ONLY = "decrypt_only"
+    RETIRED = "retired"
+
+
+@dataclass(frozen=True, slots=True)
+class KekInfo:
+    """What the registry says of one KEK version; nothing in it is secret.
+
+    Attributes:
+        version: Registry-wide number, from 1.
+        kek_id: Name that answers carry, at most 64 bytes.
+        source: Kind of source that holds it: ``file``.
+        source_key: The source's own name for it.
+        check_value: What ``KekSource.check_value`` gave when it was registered.
+        state: Present state.
+        created_at: Unix seconds of registration.
+        activated_at: Unix seconds of activation, None before.
+    """
+
+    version: int
+    kek_id: str
+    source: str
+    source_key: str
+    check_value: str
+    state: KekState
+    created_at: int
+    activated_at: int | None = None
+
+
+def check_value(key: bytes) -> str:
+    """Return the check value of a KEK in hex: HMAC-SHA256 of a fixed label under the key (RFC 2104).
+
+    It tells two keys apart and says nothing about either. The version is not in it, so that one key put
+    under two numbers is recognised.
+    """
+    return hmac.new(key, _CHECK_LABEL, hashlib.sha256).hexdigest()
+
+
+def kek_id_of(value: str) -> str:
+    """Return the public name of a KEK from its check value."""
+    return f"kek_{value[:16]}"
+
+
+class Keyring:
+    """KEK versions with their ciphers. Immutable: a reload makes a new one.
+
+    Args:
+        keys: Version to 32-byte key.
+
+    Raises:
+        KekFileInvalid: No key, a bad length or version, or one key under two versions.
+    """
+
+    __slots__ = ("_checks", "_ciphers")
+
+    def __init__(self, keys: Mapping[int, bytes]) -> None:
+        if not keys:
+            raise KekFileInvalid("there is no KEK in it")
+        self._ciphers: dict[int, AESGCM] = {}
+        self._checks: dict[int, str] = {}
+        for version, key in sorted(keys.items()):
+            if not 1 <= version <= MAX_KEK_VERSION:
+                raise KekFileInvalid(f"KEK version {version} is not between 1 and {MAX_KEK_VERSION}")
+            if len(key) != KEK_BYTES:
+                raise KekFileInvalid(f"KEK version {version} has {len(key)} bytes instead of {KEK_BYTES}")
+            value = check_value(key)
+            for other, known in self._checks.items():
+                if hmac.compare_digest(known, value):
+                    raise KekFileInvalid(f"KEK versions {other} and {version} are the same key")
+            self._ciphers[version] = AESGCM(key)
+            self._checks[version] = value
+
+    def __repr__(self) -> str:
+        return f"Keyring(versions={list(self._ciphers)})"
+
+    @property
+    def versions(self) -> frozenset[int]:
+        """The versions that are loaded."""
+        return frozenset(self._ciphers)
+
+    def check_value(self, version: int) -> str:
+        """Return the check value of a loaded version.
+
+        Raises:
+            KekUnavailable: Not loaded.
+        """
+        self.cipher(version)
+        return self._checks[version]
+
+    def cipher(self, version: int) -> AESGCM:
+        """Return the cipher of a loaded version.
+
+        Raises:
+            KekUnavailable: Not loaded.
+        """
+        try:
+            return self._ciphers[version]
+        except KeyError:
+            raise KekUnavailable(f"KEK version {version} is not loaded; add it to the KEK file") from None
