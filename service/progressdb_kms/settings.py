@@ -1,0 +1,263 @@
+"""The service's configuration: one YAML file, parsed once, frozen, unknown fields refused.
+
+Relative paths are relative to the configuration file. Times are seconds, sizes are bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import yaml
+from msgspec import Meta, Struct
+
+from progressdb_kms.domain.errors import SettingsInvalid
+
+Port = Annotated[int, Meta(ge=0, le=65535)]
+Seconds = Annotated[float, Meta(gt=0, le=86400)]
+SecondsOrZero = Annotated[float, Meta(ge=0, le=86400)]
+Count = Annotated[int, Meta(ge=1, le=10_000_000)]
+
+
+class _Section(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A part of the configuration."""
+
+
+class UnixListen(_Section, frozen=True, kw_only=True):
+    """A Unix socket beside the TCP port. A peer is let in by SO_PEERCRED, its identity is ``uid:<n>``.
+
+    Attributes:
+        path: Where the socket is made.
+        mode: Octal file mode, as a string.
+        group: Name or number of the socket's group; none leaves the process's own.
+        allow_uids: Peers by user id.
+        allow_gids: Peers by (primary) group id.
+    """
+
+    path: Path
+    mode: Annotated[str, Meta(pattern="^0?[0-7]{3}$")] = "0660"
+    group: str | None = None
+    allow_uids: tuple[int, ...] = ()
+    allow_gids: tuple[int, ...] = ()
+
+
+class Listen(_Section, frozen=True, kw_only=True):
+    """Where the API is served. ``host: null`` serves the Unix socket only."""
+
+    host: str | None = "0.0.0.0"  # noqa: S104 - a pod's address is not known before it runs; callers need a certificate
+    port: Port = 8443
+    unix: UnixListen | None = None
+
+
+class Admin(_Section, frozen=True, kw_only=True):
+    """Plain HTTP for probes and metrics only: ``/livez``, ``/readyz``, ``/metrics``."""
+
+    host: str = "0.0.0.0"  # noqa: S104 - the kubelet and Prometheus call from outside the pod; nothing secret is served
+    port: Port = 9090
+
+
+class Tls(_Section, frozen=True, kw_only=True):
+    """PEM files of the server's certificate (chain), its key, and the CAs of the clients' certificates."""
+
+    cert: Path
+    key: Path
+    client_ca: Path
+
+
+class Kek(_Section, frozen=True, kw_only=True):
+    """Where key-encryption keys come from."""
+
+    source: Literal["file"] = "file"
+    path: Path
+
+
+class StoreTls(_Section, frozen=True, kw_only=True):
+    """TLS towards the store: CA bundle, and client certificate with key where the store asks for one."""
+
+    ca: Path
+    cert: Path | None = None
+    key: Path | None = None
+
+
+class Store(_Section, frozen=True, kw_only=True):
+    """The Redis or Valkey that holds the keys.
+
+    Attributes:
+        url: ``redis://``, ``rediss://``, ``unix://``, ``redis+sentinel://``, ``redis+cluster://``.
+        password_file: File with the password, so that it stands in no configuration.
+        durability: ``checked`` asks the store; ``attested`` takes the operator's word instead.
+        attested_reason: Why that word can be taken; written to the audit log.
+        allow_data_loss: Serve on a store that can lose acknowledged keys. For trying things out only.
+        min_replicas: Replicas that must confirm each write.
+    """
+
+    url: str
+    username: str | None = None
+    password_file: Path | None = None
+    tls: StoreTls | None = None
+    durability: Literal["checked", "attested"] = "checked"
+    attested_reason: str = ""
+    allow_data_loss: bool = False
+    min_replicas: Annotated[int, Meta(ge=0, le=5)] = 0
+    connect_timeout: Seconds = 1.0
+    command_timeout: Seconds = 2.0
+
+    def __repr__(self) -> str:
+        return f"Store(url={redact_url(self.url)!r}, durability={self.durability!r})"
+
+
+class Limits(_Section, frozen=True, kw_only=True):
+    """Bounds on what a caller can make the service do.
+
+    Attributes:
+        max_connections: Established connections; further ones are closed at once.
+        max_handshakes: TLS handshakes under way; the oldest gives way to a new one.
+        handshake_timeout: To finish a TLS handshake.
+        header_timeout: From a request's first byte to the end of its headers.
+        body_timeout: From the end of the headers to the end of the body.
+        request_timeout: From the end of the body to the answer.
+        write_timeout: For the peer to take an answer.
+        idle_timeout: A connection without a request.
+        max_connection_age: After it, give or take 20 %, the next answer closes the connection, so that
+            clients spread to new replicas.
+        header_bytes: All of a request's headers.
+        body_bytes: A single request's body.
+        batch_body_bytes: A batch's body.
+        plaintext_bytes: One plaintext.
+        batch_items: Items of a batch.
+    """
+
+    max_connections: Count = 4096
+    max_handshakes: Count = 256
+    handshake_timeout: Seconds = 5
+    header_timeout: Seconds = 10
+    body_timeout: Seconds = 20
+    request_timeout: Seconds = 10
+    write_timeout: Seconds = 20
+    idle_timeout: Seconds = 75
+    max_connection_age: Seconds = 600
+    header_bytes: Annotated[int, Meta(ge=1024, le=65536)] = 16384
+    body_bytes: Annotated[int, Meta(ge=1024, le=64 * 2**20)] = 2 * 2**20
+    batch_body_bytes: Annotated[int, Meta(ge=1024, le=64 * 2**20)] = 16 * 2**20
+    plaintext_bytes: Annotated[int, Meta(ge=1, le=16 * 2**20)] = 2**20
+    batch_items: Annotated[int, Meta(ge=1, le=100_000)] = 10_000
+
+
+class Cache(_Section, frozen=True, kw_only=True):
+    """Unwrapped keys in memory.
+
+    Attributes:
+        max_keys: At most so many; the least recently used go first.
+        ttl: A key is read again after this time even if nothing changed.
+        max_stale: While the store does not answer, go on with cached keys for so long; 0 is never.
+    """
+
+    max_keys: Count = 100_000
+    ttl: Seconds = 300
+    max_stale: SecondsOrZero = 30
+
+
+class Drain(_Section, frozen=True, kw_only=True):
+    """SIGTERM: unready at once, on for ``delay`` until the cluster has noticed, gone by ``timeout``."""
+
+    delay: SecondsOrZero = 5
+    timeout: Seconds = 20
+
+
+class Destruction(_Section, frozen=True, kw_only=True):
+    """Waiting period of a destruction in days; the default where the caller names none."""
+
+    waiting_days: Annotated[int, Meta(ge=7, le=30)] = 30
+
+
+class Log(_Section, frozen=True, kw_only=True):
+    """Logs go to standard error, one JSON object a line, or coloured text for people."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["json", "text"] = "json"
+
+
+class Settings(_Section, frozen=True, kw_only=True):
+    """The whole configuration file."""
+
+    listen: Listen = msgspec.field(default_factory=Listen)
+    admin: Admin = msgspec.field(default_factory=Admin)
+    tls: Tls | None = None
+    policy: Path
+    kek: Kek
+    store: Store
+    limits: Limits = msgspec.field(default_factory=Limits)
+    cache: Cache = msgspec.field(default_factory=Cache)
+    drain: Drain = msgspec.field(default_factory=Drain)
+    destruction: Destruction = msgspec.field(default_factory=Destruction)
+    log: Log = msgspec.field(default_factory=Log)
+
+
+def redact_url(url: str) -> str:
+    """Return a store URL without the password that it may hold."""
+    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", url)
+
+
+def load_settings(path: Path) -> Settings:
+    """Read and check a configuration file.
+
+    Raises:
+        SettingsInvalid: Says what is wrong, where, and what to change.
+    """
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise SettingsInvalid(f"can't read the configuration {path}: {error.strerror}") from error
+    except UnicodeDecodeError:
+        raise SettingsInvalid(f"the configuration {path} is not UTF-8 text") from None
+    try:
+        document = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise SettingsInvalid(f"the configuration {path} is not valid YAML{where}") from None
+    return parse_settings(document, path.parent)
+
+
+def parse_settings(document: Any, base: Path) -> Settings:  # noqa: ANN401 - whatever a YAML file may hold
+    """Check a configuration document; relative paths become relative to ``base``.
+
+    Raises:
+        SettingsInvalid: Says what is wrong, where, and what to change.
+    """
+
+    def decode(kind: type, value: object) -> object:
+        if kind is Path and isinstance(value, str) and value:
+            return base / value
+        raise ValueError("must be a path")
+
+    try:
+        settings = msgspec.convert(document, Settings, dec_hook=decode)
+    except msgspec.ValidationError as error:
+        raise SettingsInvalid(f"configuration: {error}") from None
+    _check(settings)
+    return settings
+
+
+def _check(settings: Settings) -> None:
+    listen, store = settings.listen, settings.store
+    if listen.host is None and listen.unix is None:
+        raise SettingsInvalid("configuration: listen needs a host, or a unix socket, or both")
+    if listen.host is not None and settings.tls is None:
+        raise SettingsInvalid(
+            "configuration: tls is missing; the API is never served over TCP without certificates"
+        )
+    if listen.unix is not None and not (listen.unix.allow_uids or listen.unix.allow_gids):
+        raise SettingsInvalid("configuration: listen.unix lets nobody in; give allow_uids or allow_gids")
+    if not re.match(r"(rediss?(\+sentinel|\+cluster)?|unix)://", store.url):
+        raise SettingsInvalid(
+            "configuration: store.url must begin with redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://"
+        )
+    if store.durability == "attested" and not store.attested_reason.strip():
+        raise SettingsInvalid(
+            "configuration: store.durability attested needs store.attested_reason: why is it durable?"
+        )
+    if store.tls is not None and (store.tls.cert is None) != (store.tls.key is None):
+        raise SettingsInvalid("configuration: store.tls needs cert and key together, or neither")
