@@ -1,0 +1,60 @@
+"""What the use cases work with, put together once by whoever runs them."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from progressdb_kms.usecases.session import PolicyBook
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from progressdb_kms.ports import AuditLog, KeyStore, Observer
+    from progressdb_kms.usecases.keks import KekBook
+    from progressdb_kms.usecases.keycache import DekCache
+
+
+def boottime() -> float:
+    """Return seconds of CLOCK_BOOTTIME: it never jumps and goes on while the machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Limits that use cases hold to, in bytes, items and days."""
+
+    plaintext_bytes: int = 2**20
+    batch_items: int = 10_000
+    waiting_days: int = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Kms:
+    """The ports and the memory of one running key service.
+
+    Attributes:
+        store: Keeps the records.
+        keks: KEK versions, loaded and registered.
+        cache: Unwrapped DEKs.
+        audit: Where decisions are written.
+        observer: Who counts.
+        policies: The policy in force.
+        bounds: Limits.
+        now: Gives Unix seconds.
+        clock: Gives seconds of CLOCK_BOOTTIME.
+        random: Gives that many bytes from a cryptographic generator (SP 800-90A, the kernel's).
+    """
+
+    store: KeyStore
+    keks: KekBook
+    cache: DekCache
+    audit: AuditLog
+    observer: Observer
+    policies: PolicyBook = field(default_factory=PolicyBook)
+    bounds: Bounds = field(default_factory=Bounds)
+    now: Callable[[], float] = time.time
+    clock: Callable[[], float] = boottime
+    random: Callable[[int], bytes] = os.urandom

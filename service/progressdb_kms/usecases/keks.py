@@ -1,0 +1,203 @@
+"""KEK versions: what the registry says, what is loaded, and whether the two agree."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from progressdb_kms.domain.envelope import USES_LIMIT, USES_WARN, pack_blob, wrap_aad
+from progressdb_kms.domain.errors import KekMismatch, KekUnavailable, KmsError, NotReady
+from progressdb_kms.domain.keyring import KekInfo, KekState, kek_id_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from progressdb_kms.ports import KekRegistry, KekSource, Observer, RegistryView
+
+log = structlog.get_logger(__name__)
+
+WRAPS_BLOCK: Final = 2**16
+"""Wraps of one KEK version that an instance reserves at a time, before it makes them."""
+
+
+class KekBook:
+    """The loaded KEKs beside the registry. A version is used only where the two agree.
+
+    Attributes:
+        problem: Why the service must not be ready, or an empty string.
+    """
+
+    def __init__(self, *, source: KekSource, registry: KekRegistry, observer: Observer) -> None:
+        self.source = source
+        self._registry = registry
+        self._observer = observer
+        self._view: RegistryView | None = None
+        self._verified: dict[int, str] = {}
+        self._wraps_left: dict[int, int] = {}
+        self._reserving = asyncio.Lock()
+        self.problem = "the KEK registry has not been read yet"
+
+    @property
+    def view(self) -> RegistryView:
+        """The registry as last read.
+
+        Raises:
+            NotReady: It has not been read yet.
+        """
+        if self._view is None:
+            raise NotReady("the KEK registry has not been read yet")
+        return self._view
+
+    @property
+    def active(self) -> int:
+        """The version that new wraps use."""
+        return self.view.active
+
+    @property
+    def usable(self) -> tuple[int, ...]:
+        """Versions that are loaded and are what the registry says."""
+        return tuple(sorted(self._verified))
+
+    def required(self) -> Mapping[int, str]:
+        """Return check values of the versions that a reload must not lose or change."""
+        if self._view is None:
+            return {}
+        return {
+            version: kek.check_value
+            for version, kek in self._view.keks.items()
+            if kek.state in {KekState.ACTIVE, KekState.DECRYPT_ONLY}
+        }
+
+    async def start(self, now: float) -> None:
+        """Read the registry, or make it on an empty store with the highest loaded version as active.
+
+        Args:
+            now: Unix seconds.
+
+        Raises:
+            KekMismatch: A loaded version is not the key that was registered, or a needed one is not loaded.
+            RegistryLost: The store holds keys but no registry that this release can read.
+            StoreUnavailable, StoreNotDurable: Not now.
+        """
+        view = await self._registry.load()
+        if view is None:
+            version = max(self.source.versions())
+            value = await self.source.check_value(version)
+            view = await self._registry.initialise(
+                KekInfo(
+                    version=version,
+                    kek_id=kek_id_of(value),
+                    source=self.source.name,
+                    source_key=self.source.source_key(version),
+                    check_value=value,
+                    state=KekState.ACTIVE,
+                    created_at=int(now),
+                    activated_at=int(now),
+                )
+            )
+        await self._adopt(view)
+        if self.problem:
+            raise KekMismatch(self.problem)
+
+    async def refresh(self) -> None:
+        """Read the registry and the source again; what does not agree makes ``problem``, and is not used.
+
+        Raises:
+            RegistryLost, StoreUnavailable: As ``start``; what was known stays in force.
+        """
+        view = await self._registry.load()
+        if view is None:
+            self.problem = "the KEK registry has gone from the store: restore it before anything is written"
+            return
+        if self._view is not None and view.store_id != self._view.store_id:
+            self.problem = (
+                "this is another store than the one that the service started on: restart the service"
+            )
+            return
+        await self._adopt(view)
+
+    async def _adopt(self, view: RegistryView) -> None:
+        verified: dict[int, str] = {}
+        problems = []
+        loaded = self.source.versions()
+        for version, kek in sorted(view.keks.items()):
+            needed = kek.state in {KekState.ACTIVE, KekState.DECRYPT_ONLY}
+            if version not in loaded:
+                if needed:
+                    problems.append(f"KEK version {version} ({kek.state}) is not loaded: add it")
+            elif not await self.source.matches(version, kek.check_value):
+                # Even a staged or retired one: a wrong key under a known number is never to be trusted.
+                problems.append(
+                    f"KEK version {version} is not the key that this store's data is wrapped under (expected"
+                    f" {kek.kek_id}): put the right key back"
+                )
+            else:
+                verified[version] = kek.kek_id
+        if view.active not in view.keks:
+            problems.append(f"the KEK registry names version {view.active} as active but does not know it")
+        self._view = view
+        self._verified = verified
+        self.problem = "; ".join(problems)
+
+    async def wrap(
+        self, deks: Sequence[bytes], names: Sequence[tuple[str, str]]
+    ) -> tuple[int, str, list[bytes]]:
+        """Wrap raw DEKs under the active version.
+
+        Args:
+            deks: 32 bytes each.
+            names: ``(key_id, thread_id)`` of each, which the wrap binds.
+
+        Returns:
+            KEK version, its kek_id, and the blobs.
+
+        Raises:
+            KekUnavailable: The active version is not loaded as registered, or is worn out.
+            StoreUnavailable, StoreNotDurable: Its count of wraps can't be reserved.
+        """
+        version = self.active
+        kek_id = self._verified.get(version)
+        if kek_id is None:
+            raise KekUnavailable(f"the active KEK version {version} is not loaded as registered")
+        await self._reserve(version, len(deks))
+        bodies = await self.source.wrap(version, deks, [wrap_aad(*name) for name in names])
+        return version, kek_id, [pack_blob(version, body) for body in bodies]
+
+    async def unwrap(
+        self, version: int, bodies: Sequence[bytes], aads: Sequence[bytes]
+    ) -> list[bytes | KmsError]:
+        """Unwrap bodies under exactly ``version``; WrappedKeyInvalid in the place of one that does not.
+
+        Raises:
+            KekUnavailable: The version is not loaded as registered.
+        """
+        if version not in self._verified:
+            raise KekUnavailable(f"KEK version {version} is not loaded as registered")
+        return await self.source.unwrap(version, bodies, aads)
+
+    async def wraps(self) -> dict[int, int]:
+        """Return the wraps reserved so far by version.
+
+        Raises:
+            StoreUnavailable: Not now.
+        """
+        return await self._registry.wraps()
+
+    async def _reserve(self, version: int, count: int) -> None:
+        async with self._reserving:
+            if self._wraps_left.get(version, 0) < count:
+                block = max(WRAPS_BLOCK, count)
+                total = await self._registry.reserve_wraps(version, block)
+                if total - block >= USES_LIMIT:
+                    raise KekUnavailable(
+                        f"KEK version {version} has wrapped as many keys as is safe: rotate it"
+                    )
+                if total >= USES_WARN:
+                    self._observer.uses_warning("kek")
+                    log.warning(
+                        "kek_uses_high", kek_version=version, uses=total, limit=USES_LIMIT, action="rotate it"
+                    )
+                self._wraps_left[version] = self._wraps_left.get(version, 0) + block
+            self._wraps_left[version] -= count
