@@ -1,0 +1,71 @@
+"""Notices of state changes: a stream that every instance reads, so that no memory outlives a change."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from progressdb_kms.domain.errors import StoreUnavailable
+from progressdb_kms.ports import Changes
+from progressdb_kms.store.redis import scripts
+from progressdb_kms.store.redis.failures import Failure
+from progressdb_kms.store.redis.link import Reply
+from progressdb_kms.store.redis.router import Router, checked, script_call
+from progressdb_kms.store.redis.schema import CHANGES_KEY, CONTROL
+from progressdb_kms.store.settings import StoreSettings
+
+KEPT_MS: Final = 300_000
+"""How long a notice is kept: whoever has not read for longer starts with an empty memory."""
+_AT_ONCE: Final = 5000
+
+
+class Notices:
+    """Writes and reads the stream.
+
+    A cursor is the id of the last notice and the number of notices ever: the number tells whether any was
+    lost unread, be it to trimming, to a failover or to somebody's FLUSHALL.
+    """
+
+    def __init__(self, router: Router, settings: StoreSettings) -> None:
+        self._router = router
+        self._settings = settings
+
+    async def put(self, key_id: str) -> None:
+        """Say that a key's state is about to change."""
+        await self._router.write_one(script_call(CONTROL, scripts.NOTICE, (CHANGES_KEY,), key_id, KEPT_MS))
+
+    async def read(self, cursor: str | None, wait: float) -> Changes:
+        """Read what came after ``cursor``; see ``KeyStore.changes``."""
+        if cursor is None:
+            last, total, *_ = await self._range("", 0)
+            return Changes(_cursor(last, total), frozenset())
+        seen, _, count = cursor.partition("/")
+        if wait > 0:
+            await self._wait(seen, wait)
+        last, total, *key_ids = await self._range(seen, _AT_ONCE)
+        whole = total - int(count) == len(key_ids)
+        return Changes(_cursor(last, total), frozenset(key_id.decode() for key_id in key_ids), complete=whole)
+
+    async def _range(self, last: str, limit: int) -> Reply:
+        return await self._router.read_one(
+            script_call(CONTROL, scripts.READ_NOTICES, (CHANGES_KEY,), last, limit)
+        )
+
+    async def _wait(self, last: str, wait: float) -> None:
+        """Return when there is a notice after ``last``, or the time is over."""
+        await self._router.topology.ready()
+        node = self._router.topology.find(CONTROL)
+        if node is None:
+            raise StoreUnavailable("no node of the store holds the control slot")
+        # BLOCK 0 would mean for ever.
+        milliseconds = max(int(wait * 1000), 1)
+        reply = await node.block(
+            ("XREAD", "COUNT", 1, "BLOCK", milliseconds, "STREAMS", CHANGES_KEY, last),
+            wait + self._settings.command_timeout,
+        )
+        if isinstance(reply, Failure):
+            self._router.topology.invalidate()
+        checked(reply)
+
+
+def _cursor(last: bytes, total: int) -> str:
+    return f"{last.decode()}/{total}"

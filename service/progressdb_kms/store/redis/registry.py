@@ -1,0 +1,106 @@
+"""The KEK registry in Redis: the port ``KekRegistry``."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import replace
+
+from progressdb_kms.domain.errors import RegistryLost
+from progressdb_kms.domain.keyring import KekInfo, KekState
+from progressdb_kms.ports import RegistryView
+from progressdb_kms.store.redis import scripts
+from progressdb_kms.store.redis.link import Reply
+from progressdb_kms.store.redis.listing import any_record
+from progressdb_kms.store.redis.router import Call, Router, checked, script_call
+from progressdb_kms.store.redis.schema import (
+    CONTROL,
+    KEKS_KEY,
+    SCHEMA_KEY,
+    SCHEMA_VERSION,
+    WRAPS_KEY,
+    decode_kek,
+    encode_kek,
+)
+
+
+class RedisRegistry:
+    """Implements ``KekRegistry``."""
+
+    def __init__(self, router: Router) -> None:
+        self._router = router
+
+    async def load(self) -> RegistryView | None:
+        """Return the registry, None where the store holds neither registry nor keys.
+
+        Raises:
+            RegistryLost: There are keys but no registry, or it can't be read by this release.
+        """
+        replies = await self._router.read(
+            [Call(CONTROL, ("HGETALL", SCHEMA_KEY)), Call(CONTROL, ("HGETALL", KEKS_KEY))]
+        )
+        schema, keks = (_mapping(checked(reply)) for reply in replies)
+        if not schema and not keks:
+            if await any_record(self._router):
+                raise RegistryLost(
+                    "the store holds keys but not the registry of the KEKs that wrap them: restore the whole "
+                    "store from a backup, or point store.url at the right one"
+                )
+            return None
+        return _view(schema, keks)
+
+    async def initialise(self, kek: KekInfo) -> RegistryView:
+        """Make the registry with one active version, unless there is one; return what is there after.
+
+        Raises:
+            RegistryLost: As ``load``.
+        """
+        await self.load()
+        entry = encode_kek(replace(kek, state=KekState.ACTIVE, activated_at=kek.created_at))
+        await self._router.write_one(
+            script_call(
+                CONTROL,
+                scripts.INITIALISE,
+                (SCHEMA_KEY, KEKS_KEY),
+                SCHEMA_VERSION,
+                secrets.token_hex(16),
+                kek.created_at,
+                kek.version,
+                entry,
+            )
+        )
+        view = await self.load()
+        if view is None:
+            raise RegistryLost("the registry of KEKs vanished while it was read")
+        return view
+
+    async def reserve_wraps(self, version: int, count: int) -> int:
+        """Add to the wrap count of a KEK version and return the new total.
+
+        A retry inside may count a block twice: too many is safe, too few is not.
+        """
+        return int(await self._router.write_one(Call(CONTROL, ("HINCRBY", WRAPS_KEY, version, count))))
+
+    async def wraps(self) -> dict[int, int]:
+        """Return the wrap counts reserved so far, by version."""
+        counts = _mapping(await self._router.read_one(Call(CONTROL, ("HGETALL", WRAPS_KEY))))
+        return {int(version): int(count) for version, count in counts.items()}
+
+
+def _mapping(reply: Reply) -> dict[bytes, bytes]:
+    return dict(zip(reply[::2], reply[1::2], strict=True))
+
+
+def _view(schema: dict[bytes, bytes], keks: dict[bytes, bytes]) -> RegistryView:
+    try:
+        version = int(schema[b"version"])
+        if version <= SCHEMA_VERSION:
+            known = {int(name): decode_kek(entry) for name, entry in keks.items() if name.isdigit()}
+            return RegistryView(schema[b"store_id"].decode(), known, int(keks[b"active"]), int(keks[b"rev"]))
+    except (ValueError, KeyError, TypeError):
+        raise RegistryLost(
+            "the registry of KEKs is damaged: restore the whole store from a backup, or point store.url at the "
+            "right one"
+        ) from None
+    raise RegistryLost(
+        f"the store has schema {version}, of a newer release; this one reads up to {SCHEMA_VERSION}: upgrade"
+    )

@@ -1,0 +1,178 @@
+"""Sends commands to the nodes that hold their slots, and tries again where that is safe and can help."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from progressdb_kms.domain.errors import StoreUnavailable
+from progressdb_kms.store.redis.address import Endpoint
+from progressdb_kms.store.redis.durability import FSYNC_PERIOD
+from progressdb_kms.store.redis.failures import Again, Failure
+from progressdb_kms.store.redis.link import Argument, Command, Reply
+from progressdb_kms.store.redis.node import Node
+from progressdb_kms.store.redis.scripts import Script
+from progressdb_kms.store.redis.topology import Topology
+from progressdb_kms.store.settings import StoreSettings
+
+_FIRST_PAUSE: Final = 0.01
+_LONGEST_PAUSE: Final = 0.25
+_READ_TRIES: Final = 3
+"""Reads give up early: their callers may have a copy in memory, and need to know soon."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A command or a script for one slot.
+
+    Attributes:
+        tag: The slot's tag.
+        args: The command; for a script, its keys and arguments.
+        script: The script, if it is one.
+        keys: How many of ``args`` are the script's keys.
+    """
+
+    tag: str
+    args: Command
+    script: Script | None = None
+    keys: int = 0
+
+    def command(self, *, whole: bool) -> Command:
+        """Return what to send: a script by its name, or ``whole`` where the server does not know it."""
+        if self.script is None:
+            return self.args
+        if whole:
+            return ("EVAL", self.script.source, self.keys, *self.args)
+        return ("EVALSHA", self.script.sha, self.keys, *self.args)
+
+
+def script_call(tag: str, script: Script, keys: Sequence[str], *args: Argument) -> Call:
+    """Return the call of a script."""
+    return Call(tag, (*keys, *args), script, len(keys))
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """What is known about one call so far."""
+
+    call: Call
+    reply: Reply | Failure = None
+    whole: bool = False
+    elsewhere: Endpoint | None = None
+
+
+class Router:
+    """Runs calls over a topology within the time that an operation has."""
+
+    def __init__(self, topology: Topology, settings: StoreSettings) -> None:
+        self.topology = topology
+        self._settings = settings
+
+    async def write(self, calls: Sequence[Call]) -> list[Reply | Failure]:
+        """Run calls that change something; each is safe to repeat. What returns normally is durable."""
+        slow = any(node.finding is not None and node.finding.wait_aof for node in self.topology.primaries())
+        return await self._run(
+            calls, durable=True, seconds=self._settings.command_timeout + FSYNC_PERIOD * slow
+        )
+
+    async def read(self, calls: Sequence[Call]) -> list[Reply | Failure]:
+        """Run calls that change nothing that has to last."""
+        return await self._run(calls, durable=False, seconds=self._settings.command_timeout)
+
+    async def write_one(self, call: Call) -> Reply:
+        """Run one call that changes something.
+
+        Raises:
+            StoreUnavailable, StoreNotDurable: No reply, or none that can be trusted.
+        """
+        return checked((await self.write([call]))[0])
+
+    async def read_one(self, call: Call) -> Reply:
+        """Run one call that changes nothing that has to last.
+
+        Raises:
+            StoreUnavailable: No reply.
+        """
+        return checked((await self.read([call]))[0])
+
+    async def _run(self, calls: Sequence[Call], *, durable: bool, seconds: float) -> list[Reply | Failure]:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + seconds
+        attempts = [_Attempt(call) for call in calls]
+        todo = attempts
+        pause = _FIRST_PAUSE
+        tries = 0
+        while todo:
+            await self._attempt(todo, durable=durable, deadline=deadline)
+            todo = [attempt for attempt in todo if self._again(attempt)]
+            if any(attempt.reply.again is Again.SOON for attempt in todo):
+                tries += 1
+                self.topology.invalidate()
+                if loop.time() + pause >= deadline or (tries >= _READ_TRIES and not durable):
+                    break
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
+        return [attempt.reply for attempt in attempts]
+
+    async def _attempt(self, attempts: Sequence[_Attempt], *, durable: bool, deadline: float) -> None:
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self.topology.ready()
+        except (StoreUnavailable, TimeoutError) as error:
+            known = error if isinstance(error, StoreUnavailable) else _late()
+            for attempt in attempts:
+                attempt.reply = Failure(known, Again.SOON)
+            return
+        futures = [self._submit(attempt, durable=durable) for attempt in attempts]
+        if len(futures) == 1 and futures[0].done():
+            attempts[0].reply = futures[0].result()
+            return
+        left = deadline - asyncio.get_running_loop().time()
+        try:
+            await asyncio.wait(futures, timeout=max(left, 0))
+        finally:
+            for attempt, future in zip(attempts, futures, strict=True):
+                # Taking it back helps only while it is queued; once sent, its fate is unknown to us.
+                attempt.reply = future.result() if future.done() else Failure(_late())
+                future.cancel()
+
+    def _submit(self, attempt: _Attempt, *, durable: bool) -> asyncio.Future[Reply]:
+        elsewhere, attempt.elsewhere = attempt.elsewhere, None
+        node: Node | None = self.topology.at(elsewhere) if elsewhere else self.topology.find(attempt.call.tag)
+        if node is None:
+            future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+            future.set_result(
+                Failure(StoreUnavailable("no node of the store holds this key's slot"), Again.SOON)
+            )
+            return future
+        lane = node.writes if durable else node.reads
+        return lane.submit(attempt.call.command(whole=attempt.whole), asking=elsewhere is not None)
+
+    @staticmethod
+    def _again(attempt: _Attempt) -> bool:
+        failure = attempt.reply
+        if not isinstance(failure, Failure) or failure.again is Again.NEVER:
+            return False
+        if failure.again is Again.WITH_SOURCE:
+            if attempt.whole:
+                return False
+            attempt.whole = True
+        attempt.elsewhere = failure.endpoint
+        return True
+
+
+def checked(reply: Reply | Failure) -> Reply:
+    """Return a reply.
+
+    Raises:
+        KmsError: There is none; the failure's error.
+    """
+    if isinstance(reply, Failure):
+        raise reply.error
+    return reply
+
+
+def _late() -> StoreUnavailable:
+    return StoreUnavailable("the store did not answer in time")

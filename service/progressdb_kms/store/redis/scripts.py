@@ -1,0 +1,30 @@
+"""The Lua scripts, one file each in ``lua/``. What each takes and returns is said at its top."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Final
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A script and the name that the server keeps it under: the SHA-1 of its text."""
+
+    source: str
+    sha: str
+
+
+def _load(name: str) -> Script:
+    source = files(__package__).joinpath("lua", f"{name}.lua").read_text(encoding="utf-8")
+    return Script(source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
+
+
+CREATE: Final = _load("create")
+CHANGE_STATE: Final = _load("change_state")
+REWRAP: Final = _load("rewrap")
+RESERVE_USES: Final = _load("reserve_uses")
+NOTICE: Final = _load("notice")
+READ_NOTICES: Final = _load("read_notices")
+INITIALISE: Final = _load("initialise")
