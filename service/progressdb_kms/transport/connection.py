@@ -1,0 +1,188 @@
+"""One connection: what it proved, what it is doing, and until when it may go on doing so."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+from enum import Enum, auto
+
+from progressdb_kms.domain.errors import RequestTimeout
+from progressdb_kms.domain.identity import Identity
+from progressdb_kms.settings import Limits
+from progressdb_kms.transport.problem import raw_problem
+
+# For the peer to read the last answer and close, before the connection is cut. Also bounds how long a
+# refused peer may go on sending; cutting at once would reset the connection and lose the answer under way.
+CLOSE_GRACE = 2.0
+READ_BUFFER = 2**16
+
+
+class Phase(Enum):
+    """What a connection is doing."""
+
+    IDLE = auto()
+    HEADERS = auto()
+    BUSY = auto()
+    CLOSING = auto()
+
+
+class Connection:
+    """The state of a connection, kept in the server's registry.
+
+    A connection has one deadline at a time, which the server's sweep compares with the clock: no timer and
+    no task per connection or request, and none that can be forgotten.
+
+    Args:
+        kind: tls, unix or admin.
+        peer: The peer's address, for logs.
+        identity: What the connection proved; None on the admin port.
+        limits: Its time limits, in seconds.
+        max_age: Seconds after which the next answer closes it.
+        now: The event loop's clock.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        peer: str,
+        identity: Identity | None,
+        *,
+        limits: Limits,
+        max_age: float,
+        now: Callable[[], float],
+    ) -> None:
+        self.kind = kind
+        self.peer = peer
+        self.identity = identity
+        self.phase = Phase.IDLE
+        self.why = "peer"
+        self.unread = 0
+        self._limits = limits
+        self._now = now
+        self.opened_at = now()
+        self._closes_at = self.opened_at + max_age
+        self.deadline = self.opened_at + limits.idle_timeout
+        self._writing = False
+        self._transport: asyncio.WriteTransport | None = None
+        self._stop_reading: Callable[[], None] | None = None
+
+    def attach(self, transport: asyncio.WriteTransport, stop_reading: Callable[[], None]) -> None:
+        """Give the connection its transport, and what ends the reading from it."""
+        self._transport = transport
+        self._stop_reading = stop_reading
+
+    @property
+    def last_answer(self) -> bool:
+        """Whether the next answer is to say ``Connection: close``."""
+        return self._now() >= self._closes_at
+
+    def close_after_response(self) -> None:
+        """Let the next answer be the last one on this connection."""
+        self._closes_at = -math.inf
+
+    def hurry(self) -> None:
+        """Wait for a first request no longer than for a peer that only takes its leave."""
+        self.deadline = min(self.deadline, self._now() + CLOSE_GRACE)
+
+    def bytes_arrived(self, count: int) -> None:
+        """Note input; the first byte of a request starts the time that its headers may take."""
+        self.unread += count
+        if self.phase is Phase.IDLE:
+            self.phase = Phase.HEADERS
+            self.deadline = self._now() + self._limits.header_timeout
+
+    def bytes_taken(self, count: int) -> None:
+        """Note input that went on to the HTTP parser."""
+        self.unread -= count
+
+    def request_began(self) -> None:
+        """Note complete headers. From here on the app keeps the time (body_timeout, request_timeout)."""
+        if self.phase is not Phase.CLOSING:
+            self.phase = Phase.BUSY
+            self.deadline = math.inf
+
+    def request_done(self, *, buffered: bool) -> None:
+        """Note the end of an answer; ``buffered``: the parser holds bytes of a next request."""
+        if self.phase is Phase.CLOSING:
+            return
+        if buffered or self.unread:
+            self.phase = Phase.HEADERS
+            self.deadline = self._now() + self._limits.header_timeout
+        else:
+            self.phase = Phase.IDLE
+            self.deadline = self._now() + self._limits.idle_timeout
+
+    def write_began(self) -> None:
+        """Note that the peer has to take what was written before anything else goes on."""
+        if self.phase is not Phase.CLOSING:
+            self._writing = True
+            self.deadline = self._now() + self._limits.write_timeout
+
+    def write_done(self) -> None:
+        """Note that the peer took it."""
+        self._writing = False
+        if self.phase is not Phase.CLOSING:
+            self.deadline = math.inf
+
+    def finish(self, why: str) -> None:
+        """Close, giving the peer a moment to take what is written. Only the first reason counts."""
+        if self.phase is Phase.CLOSING:
+            return
+        self.phase = Phase.CLOSING
+        self.why = why
+        self.deadline = self._now() + CLOSE_GRACE
+        if self._stop_reading is not None:
+            self._stop_reading()
+
+    def finish_if_idle(self, why: str) -> None:
+        """Close if no byte of a request has come."""
+        if self.phase is Phase.IDLE:
+            self.finish(why)
+
+    def abort(self, why: str) -> None:
+        """Cut the connection at once."""
+        self.finish(why)
+        self.deadline = math.inf
+        if self._transport is not None:
+            self._transport.abort()
+
+    def expire(self) -> None:
+        """Do what follows from a deadline that has passed."""
+        if self._writing:
+            self.abort("write")
+        elif self.phase is Phase.CLOSING:
+            self.abort(self.why)
+        elif self.phase is Phase.HEADERS:
+            # No answer is under way in this phase, so these bytes can't end up inside one.
+            if self._transport is not None:
+                self._transport.write(
+                    raw_problem(408, RequestTimeout("the request's headers did not arrive in time"))
+                )
+            self.finish("headers")
+        else:
+            self.finish("idle")
+
+
+class ConnectionProtocol(asyncio.StreamReaderProtocol):
+    """The event loop's end of a connection: sees each byte first, then hands it to the stream reader."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.reader = asyncio.StreamReader(limit=READ_BUFFER, loop=loop)
+        super().__init__(self.reader, loop=loop)
+        self._connection: Connection | None = None
+        self._early = 0
+
+    def attach(self, connection: Connection) -> None:
+        """Tell ``connection`` of input from now on, and of what came before it existed."""
+        self._connection = connection
+        if self._early:
+            connection.bytes_arrived(self._early)
+
+    def data_received(self, data: bytes) -> None:
+        """Take input from the event loop."""
+        if self._connection is None:
+            self._early += len(data)
+        else:
+            self._connection.bytes_arrived(len(data))
+        super().data_received(data)

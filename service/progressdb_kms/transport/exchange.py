@@ -1,0 +1,154 @@
+"""The reading, writing and closing of one connection: Hypercorn's TCPServer with our ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from hypercorn.asyncio.tcp_server import MAX_RECV, TCPServer
+from hypercorn.events import Closed, Event, RawData, Updated
+from hypercorn.typing import ConnectionState
+
+from progressdb_kms.transport.connection import Connection, Phase
+from progressdb_kms.transport.http1 import Http1
+from progressdb_kms.transport.inbox import ConnectionTasks, where
+
+if TYPE_CHECKING:
+    from hypercorn.asyncio.worker_context import WorkerContext
+    from hypercorn.config import Config
+    from hypercorn.typing import AppWrapper
+
+log = logging.getLogger(__name__)
+
+
+class Exchange(TCPServer):
+    """All requests of one connection.
+
+    Args:
+        app: The wrapped ASGI app.
+        config: From ``http_config``.
+        context: Hypercorn's; shared by all connections.
+        state: What the app finds in ``scope["state"]``; copied for each request.
+        reader: The connection's input.
+        writer: The connection's output.
+        connection: Its entry in the registry.
+    """
+
+    def __init__(
+        self,
+        app: AppWrapper,
+        config: Config,
+        context: WorkerContext,
+        state: dict[str, Any],
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        connection: Connection,
+    ) -> None:
+        super().__init__(app, asyncio.get_running_loop(), config, context, state, reader, writer)
+        self.connection = connection
+        self.http: Http1
+        self._reading: asyncio.Task[None] | None = None
+
+    async def run(self) -> None:
+        """Serve until either side closes; returns when the socket is closed and no task is left."""
+        self.connection.attach(self.writer.transport, self._stop_reading)
+        client, server = _address(self.writer, "peername"), _address(self.writer, "sockname")
+        secure = self.writer.get_extra_info("ssl_object") is not None
+        try:
+            async with ConnectionTasks(self.loop) as tasks:
+                self.http = Http1(
+                    self.app,
+                    self.config,
+                    self.context,
+                    tasks,
+                    ConnectionState(self.state),
+                    secure,
+                    client,
+                    server,
+                    self.protocol_send,
+                    connection=self.connection,
+                )
+                self._reading = self.loop.create_task(self._read_data())
+                await self._reading_ended(self._reading)
+        except ExceptionGroup as group:
+            # A bug must cost this connection only.
+            errors = ", ".join(map(where, group.exceptions))
+            log.error("connection from %s failed: %s", self.connection.peer, errors)  # noqa: TRY400 - see where
+            self.connection.abort("error")
+        finally:
+            await self._close()
+
+    async def protocol_send(self, event: Event) -> None:
+        """Carry out what the protocol asks for: bytes to send, the connection's end, a change of phase."""
+        if isinstance(event, RawData):
+            await self._write(event.data)
+        elif isinstance(event, Closed):
+            self.connection.finish("done")
+        elif isinstance(event, Updated):
+            if event.idle:
+                self.connection.request_done(buffered=self.http.buffered)
+            else:
+                self.connection.request_began()
+
+    async def _write(self, data: bytes) -> None:
+        if not data or self.writer.is_closing():
+            return
+        async with self.send_lock:
+            self.connection.write_began()
+            try:
+                self.writer.write(data)
+                await self.writer.drain()
+            except (ConnectionError, ssl.SSLError):
+                await self.http.handle(Closed())
+            finally:
+                self.connection.write_done()
+
+    async def _read_data(self) -> None:
+        while self.connection.phase is not Phase.CLOSING:
+            try:
+                data = await self.reader.read(MAX_RECV)
+            except OSError:  # reset by the peer; ssl.SSLError is one too
+                break
+            if not data:
+                break
+            self.connection.bytes_taken(len(data))
+            await self.http.handle(RawData(data))
+
+    async def _reading_ended(self, reading: asyncio.Task[None]) -> None:
+        """Wait for the reading to end, by itself or stopped, and tell the app that the peer is gone."""
+        try:
+            await asyncio.wait([reading])
+        finally:
+            reading.cancel()
+        if not reading.cancelled():
+            reading.result()
+        await self.http.handle(Closed())
+
+    def _stop_reading(self) -> None:
+        if self._reading is not None and self._reading is not asyncio.current_task():
+            self._reading.cancel()
+
+    async def _close(self) -> None:
+        try:
+            if self.http.request_unfinished or self.connection.unread:
+                await self._discard()
+            self.connection.finish("peer")
+            self.writer.close()
+            with suppress(OSError):
+                await self.writer.wait_closed()
+        finally:
+            self.writer.transport.abort()
+
+    async def _discard(self) -> None:
+        """Read on for a moment, so that the answer is not lost with a reset; the sweep ends it."""
+        with suppress(OSError):
+            while await self.reader.read(MAX_RECV):
+                pass
+
+
+def _address(writer: asyncio.StreamWriter, which: str) -> tuple[str, int] | None:
+    name = writer.get_extra_info(which)
+    return (str(name[0]), int(name[1])) if isinstance(name, tuple) else None

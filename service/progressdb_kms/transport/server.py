@@ -1,0 +1,368 @@
+"""The serve loop: accepts, proves, limits, drains. One process, one event loop (asyncio or uvloop).
+
+The loop accepts by itself instead of by ``asyncio.start_server``, because that swallows refused handshakes,
+caps nothing, and holds one TLS context for ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import socket
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+from hypercorn.app_wrappers import ASGIWrapper
+from hypercorn.asyncio.worker_context import WorkerContext
+
+from progressdb_kms.domain.errors import SettingsInvalid
+from progressdb_kms.transport.connection import Connection, ConnectionProtocol, Phase
+from progressdb_kms.transport.exchange import Exchange
+from progressdb_kms.transport.http1 import http_config
+from progressdb_kms.transport.identity import IdentityRefused, identity_of, peer_identity
+from progressdb_kms.transport.inbox import where
+from progressdb_kms.transport.listeners import Acceptor, UnixSocket, listen_tcp
+from progressdb_kms.transport.refusal import handshake_reason
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+    from pathlib import Path
+
+    from progressdb_kms.domain.identity import Identity
+    from progressdb_kms.settings import Admin, Drain, Limits, Listen, UnixListen
+    from progressdb_kms.transport.events import TransportEvents
+    from progressdb_kms.transport.tls import TlsHolder
+
+log = logging.getLogger(__name__)
+
+# Probes and scrapes need a few. The oldest gives way, so that nobody can shut the kubelet out.
+ADMIN_CONNECTIONS = 64
+# How exactly deadlines are kept, in seconds.
+SWEEP = 0.5
+# For the TLS close_notify exchange, in seconds; the answer has been sent by then.
+SSL_SHUTDOWN = 1.0
+# At the end of a drain, for cancelled tasks to finish.
+LAST_MOMENT = 1.0
+
+
+class Server:
+    """Serves the API over TLS and a Unix socket, and the admin app over plain HTTP.
+
+    Args:
+        app: ASGI app of the API. It finds ``kms.session``, ``kms.identity`` and ``kms.connection`` in
+            ``scope["state"]``.
+        admin_app: ASGI app of probes and metrics; its state is empty.
+        listen: Where the API is served.
+        admin: Where the admin app is served.
+        limits: Bounds on connections and times.
+        drain: How to end.
+        tls: The TLS context; None where ``listen`` has no TCP address.
+        session_for: Makes what the app gets as ``kms.session``, once per connection.
+        events: Told what happens.
+    """
+
+    def __init__(  # noqa: PLR0913 - the parts of a server, each named by the caller
+        self,
+        *,
+        app: Any,  # noqa: ANN401 - any ASGI 3 callable; frameworks type theirs differently
+        admin_app: Any,  # noqa: ANN401 - likewise
+        listen: Listen,
+        admin: Admin,
+        limits: Limits,
+        drain: Drain,
+        tls: TlsHolder | None,
+        session_for: Callable[[Identity], object],
+        events: TransportEvents,
+    ) -> None:
+        self._app = ASGIWrapper(app)
+        self._admin_app = ASGIWrapper(admin_app)
+        self._listen = listen
+        self._admin = admin
+        self._limits = limits
+        self._drain = drain
+        self._tls = tls
+        self._session_for = session_for
+        self._events = events
+        self._config = http_config(limits.header_bytes)
+        self._context = WorkerContext(None)
+        self._tasks: dict[asyncio.Task[None], str] = {}
+        self._handshakes: dict[socket.socket, asyncio.Task[None]] = {}
+        self._api_open: dict[Connection, None] = {}
+        self._admin_open: dict[Connection, None] = {}
+        self._acceptors: list[Acceptor] = []
+        self._admin_acceptor: Acceptor | None = None
+        self._unix: UnixSocket | None = None
+        self._sweeping: asyncio.Task[None] | None = None
+        self._stopped = False
+        self.draining = False
+        self.tcp_address: tuple[str, int] | None = None
+        self.admin_address: tuple[str, int] = ("", 0)
+
+    @property
+    def connections(self) -> int:
+        """API connections that are open now."""
+        return len(self._api_open)
+
+    @property
+    def registry(self) -> tuple[Connection, ...]:
+        """Open API connections, oldest first, with identity and ``opened_at`` (the event loop's clock)."""
+        return tuple(self._api_open)
+
+    @property
+    def unix_path(self) -> Path | None:
+        """Where the Unix socket is, if there is one."""
+        return self._unix.path if self._unix else None
+
+    async def start(self) -> None:
+        """Bind everything and serve.
+
+        Raises:
+            SettingsInvalid: An address or the Unix socket can't be had; nothing stays bound.
+        """
+        try:
+            self._bind()
+        except BaseException:
+            self._stop_accepting()
+            self._stop_admin()
+            raise
+        self._sweeping = asyncio.get_running_loop().create_task(self._sweep())
+
+    def _bind(self) -> None:
+        if self._listen.host is not None:
+            if self._tls is None:
+                raise SettingsInvalid("listen: TCP is served with TLS only, and there is none")
+            sock = listen_tcp(self._listen.host, self._listen.port, "listen")
+            self.tcp_address = sock.getsockname()[:2]
+            self._acceptors.append(Acceptor(sock, partial(self._accepted_tls, self._tls)))
+        if self._listen.unix is not None:
+            self._unix = UnixSocket(self._listen.unix)
+            self._acceptors.append(
+                Acceptor(self._unix.socket, partial(self._accepted_unix, self._listen.unix))
+            )
+        sock = listen_tcp(self._admin.host, self._admin.port, "admin")
+        self.admin_address = sock.getsockname()[:2]
+        self._admin_acceptor = Acceptor(sock, self._accepted_admin)
+
+    async def drain(self) -> None:
+        """End as SIGTERM asks for: unready at once, accept for ``drain.delay``, be done ``drain.timeout`` later.
+
+        Until the delay is over each answer closes its connection, so that clients go elsewhere. Then idle
+        connections close, requests under way finish, and what is left at the timeout is cut.
+        """
+        self.draining = True
+        for connection in self.registry:
+            connection.close_after_response()
+        await asyncio.sleep(self._drain.delay)
+        self._stopped = True
+        self._stop_accepting()
+        api = {task for task, kind in self._tasks.items() if kind != "admin"}
+        for connection in self.registry:
+            connection.finish_if_idle("drain")
+        if api:
+            await asyncio.wait(api, timeout=self._drain.timeout)
+        await self.abort()
+
+    async def abort(self) -> None:
+        """Stop at once: cut all connections and wait for their tasks to end."""
+        self.draining = self._stopped = True
+        self._stop_accepting()
+        self._stop_admin()
+        # A task cancelled before its first step would never close its socket.
+        await asyncio.sleep(0)
+        for connection in (*self._api_open, *self._admin_open):
+            connection.abort("abort")
+        tasks = [*self._tasks]
+        if self._sweeping is not None:
+            tasks.append(self._sweeping)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            _, left = await asyncio.wait(tasks, timeout=LAST_MOMENT)
+            if left:
+                log.warning("%d connections did not end when they were cancelled", len(left))
+
+    def _stop_accepting(self) -> None:
+        for acceptor in self._acceptors:
+            acceptor.close()
+        if self._unix is not None:
+            self._unix.close()
+
+    def _stop_admin(self) -> None:
+        if self._admin_acceptor is not None:
+            self._admin_acceptor.close()
+
+    def _accepted_tls(self, tls: TlsHolder, sock: socket.socket) -> None:
+        if self._full():
+            sock.close()
+            return
+        self._spawn("tls", self._serve_tls(sock, tls))
+
+    def _accepted_unix(self, listen: UnixListen, sock: socket.socket) -> None:
+        if self._full():
+            sock.close()
+            return
+        try:
+            identity = peer_identity(sock, listen)
+        except IdentityRefused as error:
+            self._events.connection_refused(error.reason)
+            log.warning("Unix socket: %s", error)
+            sock.close()
+            return
+        self._spawn("unix", self._serve_plain(sock, "unix", identity))
+
+    def _accepted_admin(self, sock: socket.socket) -> None:
+        self._spawn("admin", self._serve_plain(sock, "admin", None))
+
+    def _full(self) -> bool:
+        if self.connections < self._limits.max_connections:
+            return False
+        self._events.connection_refused("limit")
+        return True
+
+    def _spawn(self, kind: str, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks[task] = kind
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.pop(task, None)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a connection's task failed: %s", where(error))
+
+    async def _serve_tls(self, sock: socket.socket, tls: TlsHolder) -> None:
+        peer = _peer(sock)
+        while len(self._handshakes) >= self._limits.max_handshakes:
+            self._events.connection_refused("handshakes")
+            self._handshakes.pop(next(iter(self._handshakes))).cancel()
+        self._handshakes[sock] = cast("asyncio.Task[None]", asyncio.current_task())
+        try:
+            transport, protocol = await self._handshake(sock, tls)
+        except OSError as error:  # ssl.SSLError and TimeoutError are ones too
+            self._events.handshake_refused(handshake_reason(error), peer)
+            return
+        finally:
+            self._handshakes.pop(sock, None)
+        try:
+            identity = identity_of(transport.get_extra_info("ssl_object").getpeercert(binary_form=True))
+        except IdentityRefused as error:
+            self._events.handshake_refused(error.reason, peer)
+            log.info("certificate of %s: %s", peer, error)
+            transport.abort()
+            return
+        await self._serve("tls", peer, identity, transport, protocol)
+
+    async def _handshake(
+        self, sock: socket.socket, tls: TlsHolder
+    ) -> tuple[asyncio.Transport, ConnectionProtocol]:
+        loop = asyncio.get_running_loop()
+        protocol = ConnectionProtocol(loop)
+        try:
+            # uvloop's second result is its TLS layer, not our protocol.
+            transport, _layer = await loop.connect_accepted_socket(
+                lambda: protocol,
+                sock,
+                ssl=tls.context,
+                ssl_handshake_timeout=self._limits.handshake_timeout,
+                ssl_shutdown_timeout=SSL_SHUTDOWN,
+            )
+        except asyncio.CancelledError:
+            # Cancelled before its first step, the loop's TLS layer would go on with the handshake.
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            raise
+        return transport, protocol
+
+    async def _serve_plain(self, sock: socket.socket, kind: str, identity: Identity | None) -> None:
+        loop = asyncio.get_running_loop()
+        peer = str(identity) if identity else _peer(sock)
+        protocol = ConnectionProtocol(loop)
+        try:
+            transport, _layer = await loop.connect_accepted_socket(lambda: protocol, sock)
+        except OSError:
+            sock.close()
+            return
+        await self._serve(kind, peer, identity, transport, protocol)
+
+    async def _serve(
+        self,
+        kind: str,
+        peer: str,
+        identity: Identity | None,
+        transport: asyncio.Transport,
+        protocol: ConnectionProtocol,
+    ) -> None:
+        connection = self._connection(kind, peer, identity)
+        held = self._admin_open if identity is None else self._api_open
+        if identity is None:
+            self._make_room()
+        elif self._full():
+            # Counted again: several may have been accepted before the first of them was open.
+            transport.abort()
+            return
+        held[connection] = None
+        self._events.connection_opened(kind)
+        try:
+            await self._exchange(connection, transport, protocol)
+        finally:
+            transport.abort()
+            del held[connection]
+            self._events.connection_closed(kind, connection.why)
+
+    def _connection(self, kind: str, peer: str, identity: Identity | None) -> Connection:
+        spread = random.uniform(0.8, 1.2)  # noqa: S311 - keeps connections from closing together; not a secret
+        connection = Connection(
+            kind,
+            peer,
+            identity,
+            limits=self._limits,
+            max_age=self._limits.max_connection_age * spread,
+            now=asyncio.get_running_loop().time,
+        )
+        if self.draining:
+            connection.close_after_response()
+        if self._stopped:
+            connection.hurry()
+        return connection
+
+    async def _exchange(
+        self, connection: Connection, transport: asyncio.Transport, protocol: ConnectionProtocol
+    ) -> None:
+        app, state = self._admin_app, dict[str, Any]()
+        if connection.identity is not None:
+            app = self._app
+            state["kms.session"] = self._session_for(connection.identity)
+            state["kms.identity"] = connection.identity
+            state["kms.connection"] = connection
+        protocol.attach(connection)
+        reader = protocol.reader
+        writer = asyncio.StreamWriter(transport, protocol, reader, asyncio.get_running_loop())
+        await Exchange(app, self._config, self._context, state, reader, writer, connection).run()
+
+    def _make_room(self) -> None:
+        if len(self._admin_open) >= ADMIN_CONNECTIONS:
+            ending = Phase.CLOSING
+            oldest = next((held for held in self._admin_open if held.phase is not ending), None)
+            if oldest is not None:
+                oldest.abort("evicted")
+
+    async def _sweep(self) -> None:
+        limits = self._limits
+        shortest = min(limits.header_timeout, limits.idle_timeout, limits.write_timeout)
+        interval = min(SWEEP, shortest / 4)
+        clock = asyncio.get_running_loop().time
+        while True:
+            await asyncio.sleep(interval)
+            now = clock()
+            for connection in (*self._api_open, *self._admin_open):
+                if connection.deadline <= now:
+                    connection.expire()
+
+
+def _peer(sock: socket.socket) -> str:
+    try:
+        host, port = sock.getpeername()[:2]
+    except OSError:
+        return "unknown"  # gone already
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
