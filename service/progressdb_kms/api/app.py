@@ -1,0 +1,260 @@
+"""The Quart app: one dispatcher over the table of routes."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import structlog
+from quart import Quart, Response, request
+from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, RequestEntityTooLarge
+
+from progressdb_kms.api.openapi import openapi_document
+from progressdb_kms.api.problems import problem_of, status_of
+from progressdb_kms.api.routes import ROUTES, Call, Route
+from progressdb_kms.domain import errors
+from progressdb_kms.domain.errors import KmsError
+from progressdb_kms.usecases import lifecycle
+from progressdb_kms.usecases.encryption import Hot
+from progressdb_kms.usecases.messages import JSON, MSGPACK, encode
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from progressdb_kms.settings import Limits
+    from progressdb_kms.usecases.context import Kms
+    from progressdb_kms.usecases.loading import Loader
+    from progressdb_kms.usecases.session import Session
+
+    Counted = Callable[..., None]
+
+log = structlog.get_logger(__name__)
+
+_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+_UNMATCHED: Final = "unmatched"
+
+
+@dataclass(frozen=True, slots=True)
+class Api:
+    """What the app serves with.
+
+    Attributes:
+        kms: The service.
+        loader: Fetches cold keys.
+        limits: Body sizes and times.
+        counted: Called for each answer: route, status, code, identity_kind, seconds.
+    """
+
+    kms: Kms
+    loader: Loader
+    limits: Limits
+    counted: Counted
+
+
+def create_app(api: Api) -> Quart:
+    """Build the ASGI app. It takes the caller's session from ``scope["state"]["kms.session"]``."""
+    app = Quart("progressdb_kms", static_folder=None)
+    # Hypercorn hands on pieces as they come; Quart refuses what goes over the largest limit of all, and the
+    # dispatcher what goes over the route's own.
+    app.config["MAX_CONTENT_LENGTH"] = max(api.limits.body_bytes, api.limits.batch_body_bytes)
+    app.config["BODY_TIMEOUT"] = None  # the dispatcher's own covers the whole body
+    hot = Hot(api.kms)
+    document = openapi_document(api.limits)
+
+    async def openapi(_call: Call) -> bytes:
+        return encode(JSON, document)
+
+    table = (*ROUTES, Route("GET", "/openapi.json", openapi, "Describe this API", None, dict))
+    for route in table:
+        app.add_url_rule(
+            route.path,
+            endpoint=f"{route.method} {route.path}",
+            view_func=_view(api, hot, route),
+            methods=[route.method],
+            provide_automatic_options=False,
+            strict_slashes=True,
+        )
+    app.register_error_handler(HTTPException, _unmatched(api))
+    return app
+
+
+def _view(api: Api, hot: Hot, route: Route) -> Callable[..., Awaitable[Response]]:
+    body_limit = api.limits.batch_body_bytes if route.batch else api.limits.body_bytes
+
+    async def view(**path: str) -> Response:
+        async def respond(session: Session, request_id: str) -> tuple[str, bytes]:
+            accept, content_type = _negotiate(needs_type=route.takes is not None and not route.body_optional)
+            async with _deadline(api.limits.body_timeout, errors.RequestTimeout):
+                body = await _read_body(body_limit)
+            if route.takes is None and body.strip() not in {b"", b"{}", b"\x80"}:
+                raise errors.InvalidField("this route takes no body")
+            call = Call(
+                kms=api.kms,
+                hot=hot,
+                loader=api.loader,
+                session=session,
+                request_id=request_id,
+                content_type=content_type,
+                accept=accept,
+                body=body,
+                path=path,
+                query=request.args.to_dict(flat=False),
+                idempotency_keys=request.headers.getlist("Idempotency-Key"),
+            )
+            async with _deadline(api.limits.request_timeout, errors.DeadlineExceeded):
+                return accept, await route.handler(call)
+
+        return await _answered(api, route.path, respond)
+
+    return view
+
+
+def _unmatched(api: Api) -> Callable[[HTTPException], Awaitable[Response]]:
+    async def handler(error: HTTPException) -> Response:
+        async def respond(_session: Session, _request_id: str) -> tuple[str, bytes]:
+            if isinstance(error, NotFound):
+                raise errors.RouteNotFound
+            if isinstance(error, MethodNotAllowed):
+                raise errors.MethodNotAllowed
+            if isinstance(error, RequestEntityTooLarge):
+                raise errors.BodyTooLarge
+            raise errors.InvalidHeader
+
+        response = await _answered(api, _UNMATCHED, respond)
+        if isinstance(error, MethodNotAllowed) and error.valid_methods:
+            response.headers["Allow"] = ", ".join(sorted(error.valid_methods))
+        return response
+
+    return handler
+
+
+async def _answered(
+    api: Api, route: str, respond: Callable[[Session, str], Awaitable[tuple[str, bytes]]]
+) -> Response:
+    began = time.perf_counter()
+    request_id = request.headers.get("X-Request-Id", "")
+    if not _REQUEST_ID.fullmatch(request_id):
+        request_id = secrets.token_hex(16)
+    session: Session = request.scope["state"]["kms.session"]
+    bound = {"request_id": request_id}
+    traceparent = request.headers.get("traceparent", "")
+    if _TRACEPARENT.fullmatch(traceparent):
+        bound["traceparent"] = traceparent
+    code = "ok"
+    with structlog.contextvars.bound_contextvars(**bound):
+        try:
+            content_type, body = await respond(session, request_id)
+            response = Response(body, 200, content_type=content_type)
+        except KmsError as error:
+            code = error.code
+            response = await _problem(api, session, route, error, request_id)
+        except (
+            Exception
+        ):  # the last stop before the wire: nothing of the exception's text may reach the caller
+            log.exception("internal_error", route=route)
+            code = errors.InternalError.code
+            response = _problem_response(errors.InternalError(), request_id)
+        response.headers["X-Request-Id"] = request_id
+        # Answers hold plaintext and keys: no cache on the way may keep them.
+        response.headers["Cache-Control"] = "no-store"
+        seconds = time.perf_counter() - began
+        log.debug(
+            "request",
+            route=route,
+            status=response.status_code,
+            code=code,
+            identity=session.name,
+            seconds=seconds,
+        )
+    api.counted(
+        route=route,
+        status=response.status_code,
+        code=code,
+        identity_kind=str(session.identity.kind),
+        seconds=seconds,
+    )
+    return response
+
+
+async def _problem(api: Api, session: Session, route: str, error: KmsError, request_id: str) -> Response:
+    if isinstance(error, errors.PermissionDenied):
+        await lifecycle.record_refusal(api.kms, session, error, route, request_id)
+        log.info("refused", route=route, permission=error.permission, identity=error.identity)
+    elif status_of(error) >= 500:  # noqa: PLR2004 - the classes of status codes are common knowledge
+        log.warning("request_failed", route=route, code=error.code, detail=error.detail)
+    return _problem_response(error, request_id)
+
+
+def _problem_response(error: KmsError, request_id: str) -> Response:
+    status, headers, body = problem_of(error, request_id)
+    return Response(body, status, headers=dict(headers))
+
+
+def _negotiate(*, needs_type: bool) -> tuple[str, str]:
+    """Return what the answer is to be written in, and what the body is written in.
+
+    A body without a Content-Type is JSON: some clients of the older service send none.
+
+    Raises:
+        NotAcceptable, UnsupportedMediaType: Neither JSON nor msgpack will do.
+    """
+    mimetype = request.mimetype
+    content_type = {"": JSON, JSON: JSON, MSGPACK: MSGPACK, "application/x-msgpack": MSGPACK}.get(
+        mimetype, mimetype
+    )
+    charset = request.mimetype_params.get("charset", "utf-8").lower()
+    if needs_type and (content_type not in {JSON, MSGPACK} or charset not in {"utf-8", "utf8"}):
+        raise errors.UnsupportedMediaType
+    accepted = request.accept_mimetypes
+    if not accepted.provided:
+        return (content_type if content_type in {JSON, MSGPACK} else JSON), content_type
+    first, second = (MSGPACK, JSON) if content_type == MSGPACK else (JSON, MSGPACK)
+    best = accepted.best_match([first, second, "application/problem+json"])
+    if best is None:
+        raise errors.NotAcceptable
+    return (best if best in {JSON, MSGPACK} else JSON), content_type
+
+
+async def _read_body(limit: int) -> bytes:
+    """Read the whole body.
+
+    Raises:
+        BodyTooLarge: It is, or says that it will be, over ``limit``.
+    """
+    too_large = errors.BodyTooLarge(f"this route takes at most {limit} bytes")
+    length = request.content_length
+    if length is not None and length > limit:
+        raise too_large
+    parts: list[Any] = []
+    size = 0
+    try:
+        async for part in request.body:
+            size += len(part)
+            if size > limit:
+                raise too_large
+            parts.append(part)
+    except RequestEntityTooLarge:
+        raise too_large from None
+    return b"".join(parts)
+
+
+class _deadline:  # noqa: N801 - used like the function asyncio.timeout
+    """An ``asyncio.timeout`` that raises one of our errors."""
+
+    def __init__(self, seconds: float, error: type[KmsError]) -> None:
+        self._timeout = asyncio.timeout(seconds)
+        self._error = error
+
+    async def __aenter__(self) -> None:
+        await self._timeout.__aenter__()
+
+    async def __aexit__(self, *raised: Any) -> None:  # noqa: ANN401, PYI036 - handed on as it is
+        try:
+            await self._timeout.__aexit__(*raised)
+        except TimeoutError:
+            raise self._error from None

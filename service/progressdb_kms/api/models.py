@@ -1,0 +1,89 @@
+"""Bodies of the routes beside the hot ones (those are in ``usecases.messages``)."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from msgspec import UNSET, Struct, UnsetType
+
+if TYPE_CHECKING:
+    from progressdb_kms.domain.keys import DekRecord
+
+
+class KeyView(Struct, frozen=True):
+    """A key as administrators see it: everything but the wrapped DEK. Times are RFC 3339."""
+
+    key_id: str
+    thread_id: str
+    version: str
+    state: str
+    kek_id: str
+    kek_version: str
+    created_at: str
+    created_by: str
+    changed_at: str
+    uses: int
+    destroy_at: str | UnsetType = UNSET
+
+
+class KeyList(Struct, frozen=True):
+    """A page of keys; go on with ``cursor`` until it is null. A key may appear twice."""
+
+    keys: list[KeyView]
+    cursor: str | None
+
+
+class ScheduleDestruction(Struct, frozen=True, forbid_unknown_fields=True):
+    """Waiting period in days, 7 to 30; the configured one where absent."""
+
+    waiting_days: int | UnsetType = UNSET
+
+
+class KekView(Struct, frozen=True):
+    """A KEK version: what the registry knows, how many DEKs it wraps, whether this instance has it loaded."""
+
+    version: str
+    kek_id: str
+    state: str
+    source: str
+    deks: int
+    wraps: int
+    created_at: str
+    activated_at: str | None
+    loaded: bool
+
+
+class KekList(Struct, frozen=True):
+    """All KEK versions, and the one that new wraps use."""
+
+    active: str
+    keks: list[KekView]
+
+
+class Health(Struct, frozen=True):
+    """Said while the service serves."""
+
+    status: str
+
+
+def rfc3339(at: float) -> str:
+    """Write Unix seconds as RFC 3339 in UTC."""
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def view_of(record: DekRecord) -> KeyView:
+    """Return what may be shown of a record."""
+    return KeyView(
+        key_id=record.key_id,
+        thread_id=record.thread_id,
+        version=str(record.version),
+        state=str(record.state),
+        kek_id=record.kek_id,
+        kek_version=str(record.kek_version),
+        created_at=rfc3339(record.created_at),
+        created_by=record.created_by,
+        changed_at=rfc3339(record.changed_at or record.created_at),
+        uses=record.uses,
+        destroy_at=UNSET if record.destroy_at is None else rfc3339(record.destroy_at),
+    )
