@@ -1,0 +1,417 @@
+"""The only module that wires adapters to use cases."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+import signal
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import structlog
+import yaml
+
+from progressdb_kms import __version__
+from progressdb_kms.api.admin import AdminApp
+from progressdb_kms.api.app import Api, create_app
+from progressdb_kms.api.openapi import openapi_document
+from progressdb_kms.audit.stdout import StdoutAuditLog
+from progressdb_kms.domain.errors import (
+    KekFileInvalid,
+    KmsError,
+    OperatorError,
+    PolicyInvalid,
+    SettingsInvalid,
+)
+from progressdb_kms.domain.policy import Policy, parse_policy
+from progressdb_kms.files import Watch
+from progressdb_kms.kek.file import FileKekSource
+from progressdb_kms.observability.logs import configure_logs
+from progressdb_kms.observability.metrics import CONTENT_TYPE, Metrics
+from progressdb_kms.process import harden
+from progressdb_kms.settings import Limits, Settings
+from progressdb_kms.store.redis import RedisStore, open_store
+from progressdb_kms.store.settings import StoreSettings
+from progressdb_kms.transport.server import Server
+from progressdb_kms.transport.tls import TlsHolder
+from progressdb_kms.usecases.context import Bounds, Kms, boottime
+from progressdb_kms.usecases.keks import KekBook
+from progressdb_kms.usecases.keycache import DekCache
+from progressdb_kms.usecases.loading import Loader
+from progressdb_kms.usecases.session import PolicyBook, Session
+from progressdb_kms.usecases.upkeep import Upkeep
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from progressdb_kms.domain.identity import Identity
+
+log = structlog.get_logger(__name__)
+
+START_RETRY_SECONDS = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """Where the service listens once it is up."""
+
+    tcp: tuple[str, int] | None
+    admin: tuple[str, int]
+    unix: Path | None
+
+
+class Events:
+    """Tells metrics and log what the transport sees; implements its ``TransportEvents``."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def handshake_refused(self, reason: str, peer: str) -> None:
+        """Count and log a refused handshake, so that operators see who is kept out, and why."""
+        self._metrics.handshake_refused(reason)
+        log.warning("handshake_refused", reason=reason, peer=peer)
+
+    def connection_opened(self, kind: str) -> None:
+        """Count it."""
+        self._metrics.connection_opened(kind)
+
+    def connection_closed(self, kind: str, why: str) -> None:
+        """Count it."""
+        self._metrics.connection_closed(kind, why)
+
+    def connection_refused(self, why: str) -> None:
+        """Count it."""
+        self._metrics.connection_refused(why)
+
+    def reloaded(self, what: str, ok: bool, detail: str) -> None:  # noqa: FBT001 - the port's signature
+        """Count and log a reload."""
+        self._metrics.reloaded(what, ok=ok)
+        if ok:
+            log.info("reloaded", what=what)
+        else:
+            log.error(
+                "reload_failed",
+                what=what,
+                detail=detail,
+                action="mend the files; the last good ones are in force",
+            )
+
+
+def store_settings(settings: Settings) -> StoreSettings:
+    """Return the store adapter's settings; reads the password file.
+
+    Raises:
+        SettingsInvalid: The password file can't be read.
+    """
+    store = settings.store
+    password = ""
+    if store.password_file is not None:
+        try:
+            password = store.password_file.read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise SettingsInvalid(f"can't read store.password_file {store.password_file}") from error
+    tls = store.tls
+    return StoreSettings(
+        url=store.url,
+        username=store.username or "",
+        password=password,
+        tls_ca=str(tls.ca) if tls else "",
+        tls_cert=str(tls.cert) if tls and tls.cert else "",
+        tls_key=str(tls.key) if tls and tls.key else "",
+        connect_timeout=store.connect_timeout,
+        command_timeout=store.command_timeout,
+        durability=store.durability,
+        attested_reason=store.attested_reason,
+        allow_data_loss=store.allow_data_loss,
+        min_replicas=store.min_replicas,
+    )
+
+
+def kek_source(settings: Settings) -> FileKekSource:
+    """Return the configured KEK source.
+
+    Raises:
+        KekFileInvalid: It can't be used.
+    """
+    return FileKekSource(settings.kek.path)
+
+
+def load_policy(path: Path) -> tuple[Policy, str]:
+    """Read the policy file and return it with the name of its content.
+
+    Raises:
+        PolicyInvalid: Says what to change.
+    """
+    try:
+        raw = path.read_bytes()
+        document = yaml.safe_load(raw)
+    except OSError as error:
+        raise PolicyInvalid(f"can't read the policy {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise PolicyInvalid(f"the policy {path} is not valid YAML{where}") from None
+    return parse_policy(document), hashlib.sha256(raw).hexdigest()[:16]
+
+
+def openapi() -> dict[str, Any]:
+    """Return the OpenAPI description under the default limits."""
+    return openapi_document(Limits())
+
+
+class Service:
+    """One running instance: everything that ``serve`` puts together.
+
+    Args:
+        settings: The configuration.
+
+    Raises:
+        OperatorError: A file that it needs can't be used.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self.events = Events(self.metrics)
+        self._watches = [
+            Watch([settings.kek.path], self._reload_kek),
+            Watch([settings.policy], self._reload_policy),
+        ]
+        if settings.tls is not None:
+            paths = [settings.tls.cert, settings.tls.key, settings.tls.client_ca]
+            self._watches.append(Watch(paths, self._reload_tls))
+        # Watches are made before the files are read, so that a change in between is not missed.
+        self.source = kek_source(settings)
+        self.policies = PolicyBook(*load_policy(settings.policy))
+        self.tls = TlsHolder(settings.tls, self.events) if settings.tls is not None else None
+        self.store_settings = store_settings(settings)
+        self._started = False
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Serve. The API answers from now on; ``/readyz`` says when it can do its work.
+
+        Raises:
+            OperatorError: KEK and store do not belong together, or an address can't be had.
+        """
+        settings = self.settings
+        self.store: RedisStore = await open_store(self.store_settings, observer=self.metrics)
+        self.keks = KekBook(source=self.source, registry=self.store.registry, observer=self.metrics)
+        cache = DekCache(
+            max_keys=settings.cache.max_keys,
+            ttl=settings.cache.ttl,
+            max_stale=settings.cache.max_stale,
+            clock=boottime,
+        )
+        instance = secrets.token_hex(8)
+        kms = Kms(
+            store=self.store.keys,
+            keks=self.keks,
+            cache=cache,
+            audit=StdoutAuditLog(instance),
+            observer=self.metrics,
+            policies=self.policies,
+            bounds=Bounds(
+                plaintext_bytes=settings.limits.plaintext_bytes,
+                batch_items=settings.limits.batch_items,
+                waiting_days=settings.destruction.waiting_days,
+            ),
+        )
+        loader = Loader(kms)
+        self.upkeep = Upkeep(
+            kms=kms,
+            loader=loader,
+            health=self.store.health,
+            heartbeats=self.store.heartbeats,
+            release=__version__,
+            instance=instance,
+        )
+        self.server = Server(
+            app=create_app(Api(kms, loader, settings.limits, self.metrics.request)),
+            admin_app=AdminApp(self.unready, self.metrics.render, CONTENT_TYPE),
+            listen=settings.listen,
+            admin=settings.admin,
+            limits=settings.limits,
+            drain=settings.drain,
+            tls=self.tls,
+            session_for=self.session_for,
+            events=self.events,
+        )
+        self._add_gauges(cache)
+        await self.server.start()
+        await self._meet_store()
+        self._started = True
+        self.upkeep.start()
+        self._tasks = [asyncio.create_task(watch.run()) for watch in self._watches]
+
+    async def _meet_store(self) -> None:
+        """Wait until the store answers, then check that it is fit and that its keys are under our KEKs."""
+        said = ""
+        while not self.server.draining:
+            status = await self.store.health.check()
+            reason = "the store does not answer" if not status.reachable else "; ".join(status.problems)
+            try:
+                if not reason:
+                    for warning in status.warnings:
+                        log.warning("store_warning", detail=warning)
+                    await self.keks.start(time.time())
+                    return
+            except OperatorError:
+                raise
+            except KmsError as error:
+                reason = error.detail
+            if reason != said:
+                log.error("store_not_usable", detail=reason)
+                said = reason
+            await asyncio.sleep(START_RETRY_SECONDS)
+
+    def session_for(self, identity: Identity) -> Session:
+        """Return what a connection of ``identity`` may do."""
+        return Session(identity, self.policies, time.time)
+
+    def unready(self) -> list[str]:
+        """Return why the service is not ready, one line each.
+
+        A store that was reached once and is away is no reason: callers get 503 with Retry-After or an answer
+        from memory, and taking every instance out of a Service would turn that into refused connections.
+        """
+        reasons = []
+        if self.server.draining:
+            reasons.append("draining")
+        status = self.store.health.status
+        if not self._started and not status.reachable:
+            reasons.append("the store does not answer")
+        reasons += [f"store: {problem}" for problem in status.problems]
+        if self.keks.problem and (status.reachable or self._started):
+            reasons.append(f"kek: {self.keks.problem}")
+        if self.tls is not None and self.tls.facts.not_after <= time.time():
+            reasons.append("tls: the server certificate has expired")
+        return reasons
+
+    async def stop(self) -> None:
+        """End in order: drain, then leave the store."""
+        await self.server.drain()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._started:
+            await self.upkeep.stop()
+        await self.store.close()
+
+    async def abort(self) -> None:
+        """End after a failed start."""
+        await self.server.abort()
+        await self.store.close()
+
+    def _add_gauges(self, cache: DekCache) -> None:
+        metrics = self.metrics
+        metrics.gauge("kms_ready", "1 while the service is ready.", lambda: float(not self.unready()))
+        metrics.gauge("kms_connections", "Open API connections.", lambda: self.server.connections)
+        metrics.gauge("kms_key_cache_keys", "Unwrapped keys in memory.", lambda: len(cache))
+        metrics.gauge(
+            "kms_kek_versions_loaded", "KEK versions that are loaded.", lambda: len(self.source.versions())
+        )
+        metrics.gauge(
+            "kms_kek_versions_usable",
+            "KEK versions that are loaded and match the registry.",
+            lambda: len(self.keks.usable),
+        )
+        metrics.gauge(
+            "kms_store_reachable",
+            "1 while the store answers.",
+            lambda: float(self.store.health.status.reachable),
+        )
+        metrics.gauge(
+            "kms_store_problems",
+            "Ways in which the store could lose keys.",
+            lambda: len(self.store.health.status.problems),
+        )
+        if self.tls is not None:
+            tls = self.tls
+            expiry = metrics.labelled_gauge(
+                "kms_certificate_expiry_timestamp_seconds",
+                "When a certificate expires, in Unix seconds.",
+                "certificate",
+            )
+            expiry.labels("server").set_function(lambda: tls.facts.not_after)
+            expiry.labels("client_ca").set_function(lambda: min(ca.not_after for ca in tls.facts.client_cas))
+
+    async def _reload_kek(self) -> None:
+        try:
+            self.source.reload(self.keks.required())
+        except KekFileInvalid as error:
+            self.events.reloaded("kek", ok=False, detail=error.detail)
+            return
+        self.events.reloaded("kek", ok=True, detail="")
+        with suppress(KmsError):  # the registry is read again each second anyway
+            await self.keks.refresh()
+
+    async def _reload_policy(self) -> None:
+        try:
+            policy, generation = load_policy(self.settings.policy)
+        except PolicyInvalid as error:
+            self.events.reloaded("policy", ok=False, detail=error.detail)
+            return
+        self.policies.replace(policy, generation)
+        self.events.reloaded("policy", ok=True, detail="")
+
+    async def _reload_tls(self) -> None:
+        if self.tls is not None:
+            self.tls.reload()
+
+
+async def serve(settings: Settings, *, on_ready: Callable[[Addresses], None] | None = None) -> int:
+    """Run the service until SIGTERM or SIGINT.
+
+    Args:
+        settings: The configuration.
+        on_ready: Called once when ``/readyz`` would say yes.
+
+    Returns:
+        The process's exit code.
+
+    Raises:
+        OperatorError: The service can't start as configured.
+    """
+    configure_logs(settings.log.level, settings.log.format)
+    for line in harden():
+        log.warning("hardening", detail=line)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    service = Service(settings)
+    starting = asyncio.create_task(service.start())
+    stopped = asyncio.create_task(stop.wait())
+    await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+        starting.cancel()
+    try:
+        await starting
+    except asyncio.CancelledError:
+        stopped.cancel()
+        await service.abort()
+        return 0
+    except OperatorError:
+        stopped.cancel()
+        await service.abort()
+        raise
+    addresses = Addresses(service.server.tcp_address, service.server.admin_address, service.server.unix_path)
+    log.info(
+        "serving",
+        tcp=addresses.tcp,
+        admin=addresses.admin,
+        unix=str(addresses.unix or ""),
+        release=__version__,
+    )
+    if on_ready is not None:
+        on_ready(addresses)
+    await stopped
+    log.info("draining", delay=settings.drain.delay)
+    await service.stop()
+    log.info("stopped")
+    return 0

@@ -1,0 +1,165 @@
+"""Prometheus metrics of one instance. No label holds a key, a thread or whatever a caller chose freely."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.process_collector import ProcessCollector
+
+from progressdb_kms import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+_LATENCY: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+
+class Metrics:
+    """All metrics; implements the ``Observer`` port and the transport's ``TransportEvents``."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        Gauge(
+            "kms_build_info", "Release of the running service.", ["version"], registry=self.registry
+        ).labels(__version__).set(1)
+        self._requests = Counter(
+            "kms_requests",
+            "Requests answered.",
+            ["route", "status", "code", "identity_kind"],
+            registry=self.registry,
+        )
+        self._duration = Histogram(
+            "kms_request_duration_seconds",
+            "From the headers' end to the answer.",
+            ["route"],
+            buckets=_LATENCY,
+            registry=self.registry,
+        )
+        self._uses = Counter(
+            "kms_dek_uses", "Messages encrypted or decrypted.", ["operation"], registry=self.registry
+        )
+        self._cache = Counter(
+            "kms_key_cache_lookups",
+            "Look-ups that did not end in memory.",
+            ["outcome"],
+            registry=self.registry,
+        )
+        self._uses_high = Counter(
+            "kms_key_uses_high",
+            "Reservations of keys past the warning threshold.",
+            ["kind"],
+            registry=self.registry,
+        )
+        self._invalid = Counter(
+            "kms_wrapped_key_invalid",
+            "Stored keys that did not unwrap: forged or damaged.",
+            registry=self.registry,
+        )
+        self._refusals = Counter(
+            "kms_tls_handshake_refusals", "TLS handshakes refused.", ["reason"], registry=self.registry
+        )
+        self._opened = Counter(
+            "kms_connections_opened", "Connections accepted.", ["kind"], registry=self.registry
+        )
+        self._closed = Counter(
+            "kms_connections_closed", "Connections ended.", ["kind", "why"], registry=self.registry
+        )
+        self._refused = Counter(
+            "kms_connections_refused",
+            "Connections refused before TLS or for a limit.",
+            ["why"],
+            registry=self.registry,
+        )
+        self._reloads = Counter(
+            "kms_reloads", "Reloads of files.", ["what", "result"], registry=self.registry
+        )
+        self._reload_failed = Gauge(
+            "kms_reload_failed",
+            "1 while the files on disk are broken and the last good ones are in force.",
+            ["what"],
+            registry=self.registry,
+        )
+        self._store_commands = Counter(
+            "kms_store_commands", "Commands sent to the store.", ["lane"], registry=self.registry
+        )
+        self._store_failures = Counter(
+            "kms_store_failures",
+            "Round trips to the store without an answer.",
+            ["lane"],
+            registry=self.registry,
+        )
+        self._store = Histogram(
+            "kms_store_round_trip_seconds",
+            "Round trips to the store.",
+            ["lane"],
+            buckets=_LATENCY,
+            registry=self.registry,
+        )
+        self._gauges: dict[str, Gauge] = {}
+
+    def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
+        """Add a gauge that is read at each scrape."""
+        gauge = Gauge(name, text, registry=self.registry)
+        gauge.set_function(value)
+
+    def labelled_gauge(self, name: str, text: str, label: str) -> Gauge:
+        """Add a gauge with one label, set by whoever made it."""
+        return Gauge(name, text, [label], registry=self.registry)
+
+    def render(self) -> bytes:
+        """Return the exposition in Prometheus's text format."""
+        return generate_latest(self.registry)
+
+    def request(self, *, route: str, status: int, code: str, identity_kind: str, seconds: float) -> None:
+        """Count an answered request."""
+        self._requests.labels(route, str(status), code, identity_kind).inc()
+        self._duration.labels(route).observe(seconds)
+
+    def dek_uses(self, operation: str, count: int) -> None:
+        """Count messages encrypted or decrypted."""
+        self._uses.labels(operation).inc(count)
+
+    def cache(self, outcome: str, count: int = 1) -> None:
+        """Count look-ups that did not end in memory."""
+        self._cache.labels(outcome).inc(count)
+
+    def uses_warning(self, kind: str) -> None:
+        """Count reservations of worn keys."""
+        self._uses_high.labels(kind).inc()
+
+    def wrapped_key_invalid(self) -> None:
+        """Count stored keys that did not unwrap."""
+        self._invalid.inc()
+
+    def round_trip(self, lane: str, commands: int, seconds: float) -> None:
+        """Time a round trip to the store; ``lane`` is read or write."""
+        self._store.labels(lane).observe(seconds)
+        self._store_commands.labels(lane).inc(commands)
+
+    def failure(self, lane: str) -> None:
+        """Count a round trip to the store that got no answer."""
+        self._store_failures.labels(lane).inc()
+
+    def handshake_refused(self, reason: str) -> None:
+        """Count a refused TLS handshake."""
+        self._refusals.labels(reason).inc()
+
+    def connection_opened(self, kind: str) -> None:
+        """Count an accepted connection."""
+        self._opened.labels(kind).inc()
+
+    def connection_closed(self, kind: str, why: str) -> None:
+        """Count an ended connection."""
+        self._closed.labels(kind, why).inc()
+
+    def connection_refused(self, why: str) -> None:
+        """Count a refused connection."""
+        self._refused.labels(why).inc()
+
+    def reloaded(self, what: str, *, ok: bool) -> None:
+        """Count a reload, and remember whether the last one failed."""
+        self._reloads.labels(what, "ok" if ok else "failed").inc()
+        self._reload_failed.labels(what).set(0 if ok else 1)

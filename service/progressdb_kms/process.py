@@ -1,0 +1,36 @@
+"""What a process that holds keys asks of the kernel."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+from typing import Final
+
+_PR_SET_DUMPABLE: Final = 4
+_MCL_CURRENT: Final = 1
+_MCL_FUTURE: Final = 2
+_MCL_ONFAULT: Final = 4
+
+
+def harden() -> list[str]:
+    """Switch core dumps off, make the process not dumpable, and lock its memory against swapping.
+
+    Returns:
+        What was not possible, one line each, for the log.
+    """
+    refused = []
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    libc = ctypes.CDLL(None, use_errno=True)
+    # Neither a debugger of the same user nor a core handler gets at the memory.
+    if libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
+        refused.append(f"the process stays dumpable: {os.strerror(ctypes.get_errno())}")
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if soft != resource.RLIM_INFINITY and os.geteuid() != 0:
+        # Locking within a small limit would succeed now and fail an allocation later.
+        refused.append(
+            "memory is not locked, so keys could reach swap: allow it with CAP_IPC_LOCK or a memlock limit"
+        )
+    elif libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT) != 0:
+        refused.append(f"memory is not locked, so keys could reach swap: {os.strerror(ctypes.get_errno())}")
+    return refused
