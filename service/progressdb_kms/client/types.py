@@ -1,0 +1,135 @@
+"""What providers return. Wrapped keys and ciphertexts stay out of ``repr``, so that a log can't hold them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class CreatedDek:
+    """A DEK that has just been made, and is durable.
+
+    Attributes:
+        key_id: The handle to encrypt and decrypt with.
+        wrapped: The DEK under the KEK; of no use without the service.
+        kek_id: Name of that KEK; empty where an older service does not say.
+        kek_version: Its version; empty likewise.
+        key_version: The DEK's number within its thread; empty likewise.
+    """
+
+    key_id: str
+    wrapped: bytes = field(repr=False)
+    kek_id: str = ""
+    kek_version: str = ""
+    key_version: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Encrypted:
+    """An encrypted message.
+
+    Attributes:
+        ciphertext: ``nonce(12) | ciphertext | tag(16)``.
+        key_version: The DEK's number within its thread; empty where an older service does not say.
+    """
+
+    ciphertext: bytes = field(repr=False)
+    key_version: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Wrapped:
+    """A DEK as it is stored.
+
+    Attributes:
+        wrapped: The DEK under the KEK.
+        kek_id: Name of that KEK; empty where an older service does not say.
+        kek_version: Its version; empty likewise.
+    """
+
+    wrapped: bytes = field(repr=False)
+    kek_id: str = ""
+    kek_version: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Rewrapped:
+    """A DEK after it has been wrapped again; see ``Wrapped`` for the fields."""
+
+    key_id: str
+    wrapped: bytes = field(repr=False)
+    kek_id: str = ""
+    kek_version: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """The service is serving: what else it says of itself is for people."""
+
+    status: str = "ok"
+
+
+@dataclass(frozen=True, slots=True)
+class KeyInfo:
+    """A key's metadata. Times are RFC 3339 strings.
+
+    Attributes:
+        key_id: The key.
+        thread_id: The thread that it belongs to.
+        version: Its number within the thread, from 1.
+        state: ``enabled``, ``decrypt_only``, ``disabled``, ``pending_destruction`` or ``destroyed``.
+        kek_id: Name of the KEK that wraps it.
+        kek_version: Version of that KEK.
+        created_at: When it was made.
+        created_by: Identity that made it.
+        changed_at: Last change of its state.
+        destroy_at: When a pending destruction falls due.
+        uses: Encryptions reserved so far.
+    """
+
+    key_id: str
+    thread_id: str
+    version: int
+    state: str
+    kek_id: str
+    kek_version: int
+    created_at: str
+    created_by: str
+    changed_at: str | None = None
+    destroy_at: str | None = None
+    uses: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class KekStatus:
+    """A KEK version as the registry and the answering instance know it. Times are RFC 3339 strings.
+
+    Attributes:
+        version: Registry-wide number.
+        kek_id: Its public name.
+        state: ``staged``, ``active``, ``decrypt_only`` or ``retired``.
+        source: Where its bytes come from: ``file``.
+        deks: Live keys wrapped under it.
+        wraps: Wraps made under it so far.
+        created_at: When it was registered.
+        activated_at: When it became active.
+        loaded: Whether the instance that answered has it.
+    """
+
+    version: int
+    kek_id: str
+    state: str
+    source: str = ""
+    deks: int = 0
+    wraps: int = 0
+    created_at: str | None = None
+    activated_at: str | None = None
+    loaded: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class KekCensus:
+    """All KEK versions; ``active`` is the one that new keys are wrapped under."""
+
+    active: int
+    keks: list[KekStatus]
