@@ -1,0 +1,56 @@
+"""``kek``: make a KEK file, and see which versions the running service knows."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from progressdb_kms.cli.connection import Connection, connection_options
+from progressdb_kms.cli.output import json_option, print_json, print_table
+from progressdb_kms.domain.keyring import kek_id_of
+from progressdb_kms.kek.init import init_kek_file
+
+
+@click.group()
+def kek() -> None:
+    """Key-encryption keys."""
+
+
+@kek.command()
+@click.option("--file", "path", required=True, type=click.Path(path_type=Path), help="The file to make.")
+@json_option
+def init(path: Path, *, as_json: bool) -> None:
+    """Make a KEK file with one random key, mode 0600. Never overwrites."""
+    kek_id = kek_id_of(init_kek_file(path))
+    if as_json:
+        print_json({"file": str(path), "version": 1, "kek_id": kek_id})
+    else:
+        click.echo(
+            f"{path}: KEK version 1, {kek_id}. Keep a copy in a safe place: no key can be read without it."
+        )
+
+
+@kek.command()
+@connection_options
+@json_option
+def status(connection: Connection, *, as_json: bool) -> None:
+    """Show the KEK versions of the running service, and how many keys each one wraps."""
+    with connection.admin() as service:
+        census = service.keks()
+    if as_json:
+        print_json(asdict(census))
+        return
+    columns = (
+        "version",
+        "kek_id",
+        "state",
+        "source",
+        "deks",
+        "wraps",
+        "loaded",
+        "created_at",
+        "activated_at",
+    )
+    print_table(columns, ([getattr(kek, column) for column in columns] for kek in census.keks))

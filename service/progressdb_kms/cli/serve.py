@@ -1,0 +1,27 @@
+"""``serve`` runs the service in the foreground; ``openapi`` prints what it serves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import uvloop
+
+from progressdb_kms import bootstrap
+from progressdb_kms.cli.output import print_json
+from progressdb_kms.settings import load_settings
+
+
+@click.command()
+@click.option(
+    "--config", required=True, type=click.Path(path_type=Path, dir_okay=False), help="Configuration file."
+)
+def serve(config: Path) -> int:
+    """Serve until SIGTERM or SIGINT; requests under way are finished first."""
+    return uvloop.run(bootstrap.serve(load_settings(config)))
+
+
+@click.command()
+def openapi() -> None:
+    """Print the OpenAPI document of the HTTP API."""
+    print_json(bootstrap.openapi())
