@@ -95,14 +95,15 @@ lock: ## write the locks from pyproject.toml (ARGS=--upgrade for newer versions)
 	UV=$(BIN)/uv scripts/lock $(ARGS)
 
 .PHONY: openapi
-openapi: install ## write docs/openapi.json
-	mkdir -p docs
+openapi: install ## write docs/openapi.json and the table in docs/errors.md
 	$(KMS) openapi > docs/openapi.json.new
 	mv docs/openapi.json.new docs/openapi.json
+	$(BIN)/python scripts/error_table.py
 
 .PHONY: check-openapi
-check-openapi: install ## is docs/openapi.json what the service says of itself?
+check-openapi: install ## are docs/openapi.json and docs/errors.md what the service says of itself?
 	$(KMS) openapi | diff -u docs/openapi.json -
+	$(BIN)/python scripts/error_table.py --check
 
 .PHONY: bench
 bench: install system-packages ## measure requests and CPU per request (benchmarks/README.md)
