@@ -1,0 +1,187 @@
+"""Measure requests a second and CPU time a request over mTLS: create, encrypt and decrypt of 256 bytes.
+
+The service has one core to itself; the load generator (bombardier 1.2.6) and the store share the other. Runs
+are interleaved, so that noise of the machine meets all operations alike; the median and the spread are shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from progressdb_kms.client import open_sync_provider
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+HERE = Path(__file__).parent
+TOOLS = HERE / ".tools"
+GENERATOR = "github.com/codesenberg/bombardier@v1.2.6"
+TICKS = os.sysconf("SC_CLK_TCK")
+MESSAGE = b"m" * 256
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One run: rates, times in microseconds, and answers that were not 200."""
+
+    operation: str
+    connections: int
+    per_second: float
+    cpu_us: float
+    p50_us: float
+    p99_us: float
+    failed: int
+
+
+def main() -> int:
+    """Run everything and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=int, default=5, help="length of one run")
+    parser.add_argument("--runs", type=int, default=3, help="runs of each combination")
+    parser.add_argument("--connections", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--operations", nargs="+", default=["create", "encrypt", "decrypt"])
+    options = parser.parse_args()
+    generator = find_generator()
+    samples = []
+    with service() as ready, tempfile.TemporaryDirectory() as bodies:
+        requests = write_bodies(ready, Path(bodies))
+        for _ in range(options.runs):
+            for connections in options.connections:
+                for operation in options.operations:
+                    path, body = requests[operation]
+                    samples.append(measure(generator, ready, operation, path, body, connections, options.seconds))
+                    print(".", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    results = HERE / "results"
+    results.mkdir(exist_ok=True)
+    (results / "latest.json").write_text(json.dumps([asdict(sample) for sample in samples], indent=1) + "\n")
+    print_table(samples)
+    return 1 if any(sample.failed for sample in samples) else 0
+
+
+def find_generator() -> Path:
+    """Return the load generator, built by Go if it is not there."""
+    found = shutil.which("bombardier") or shutil.which("bombardier", path=str(TOOLS))
+    if found:
+        return Path(found)
+    if shutil.which("go") is None:
+        sys.exit(f"the load generator is missing: install Go, or put bombardier on PATH (go install {GENERATOR})")
+    subprocess.run(["go", "install", GENERATOR], env={**os.environ, "GOBIN": str(TOOLS)}, check=True)
+    return TOOLS / "bombardier"
+
+
+@contextmanager
+def service() -> Iterator[dict[str, Any]]:
+    """Run a development instance, the service on the first core, its store on the second."""
+    with tempfile.TemporaryDirectory() as directory:
+        ready_file = Path(directory) / "ready"
+        command = [sys.executable, "-m", "progressdb_kms.cli", "dev", "--dir", f"{directory}/dev", "--port", "0"]
+        command += ["--admin-port", "0", "--ready-file", str(ready_file)]
+        with (Path(directory) / "log").open("w") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log)
+        try:
+            while not ready_file.exists():
+                if process.poll() is not None:
+                    sys.exit((Path(directory) / "log").read_text())
+                time.sleep(0.05)
+            ready = json.loads(ready_file.read_text())
+            pin(ready["pid"], 0)
+            pin(ready["store_pid"], 1)
+            yield ready
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait()
+
+
+def pin(pid: int, core: int) -> None:
+    """Keep all threads of a process on one core, where the machine has two."""
+    if (os.cpu_count() or 1) > 1:
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            os.sched_setaffinity(int(thread), {core})
+
+
+def write_bodies(ready: dict[str, Any], directory: Path) -> dict[str, tuple[str, Path]]:
+    """Make a key and a ciphertext, and write the body of each operation into a file."""
+    client = ready["clients"]["server"]
+    with open_sync_provider(ready["url"], ca=ready["ca"], cert=client["cert"], key=client["key"]) as kms:
+        key_id = kms.create_dek_for_thread("bench:messages").key_id
+        sealed = kms.encrypt_with_dek(key_id, MESSAGE).ciphertext
+
+    def b64(raw: bytes) -> str:
+        return base64.b64encode(raw).decode()
+
+    bodies = {
+        "create": ("/create_dek_for_thread", {"thread_id": "bench:creates"}),
+        "encrypt": ("/encrypt", {"key_id": key_id, "plaintext": b64(MESSAGE)}),
+        "decrypt": ("/decrypt", {"key_id": key_id, "ciphertext": b64(sealed)}),
+    }
+    files = {}
+    for operation, (path, body) in bodies.items():
+        file = directory / operation
+        file.write_text(json.dumps(body))
+        files[operation] = (path, file)
+    return files
+
+
+def measure(
+    generator: Path, ready: dict[str, Any], operation: str, path: str, body: Path, connections: int, seconds: int
+) -> Sample:
+    """Run the generator once against one route."""
+    client = ready["clients"]["server"]
+    command = [str(generator), "-m", "POST", "-f", str(body), "-H", "Content-Type: application/json", "-k"]
+    command += ["--cert", client["cert"], "--key", client["key"], "-c", str(connections), "-d", f"{seconds}s"]
+    command += ["-l", "-p", "r", "-o", "json", ready["url"] + path]
+    if (os.cpu_count() or 1) > 1:
+        command = ["taskset", "-c", "1", *command]
+    before = cpu_seconds(ready["pid"])
+    report = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["result"]
+    spent = cpu_seconds(ready["pid"]) - before
+    done = report["req2xx"]
+    answered = sum(report[f"req{group}xx"] for group in range(1, 6)) + report["others"]
+    return Sample(
+        operation=operation,
+        connections=connections,
+        per_second=done / report["timeTakenSeconds"],
+        cpu_us=spent / max(done, 1) * 1e6,
+        p50_us=report["latency"]["percentiles"]["50"],
+        p99_us=report["latency"]["percentiles"]["99"],
+        failed=answered - done,
+    )
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return user and system time of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS
+
+
+def print_table(samples: list[Sample]) -> None:
+    """Print medians, with the lowest and the highest rate of the runs."""
+    print("| operation | connections | req/s (min to max) | CPU us/request | p50 us | p99 us | failed |")
+    print("|---|---|---|---|---|---|---|")
+    for operation, connections in dict.fromkeys((sample.operation, sample.connections) for sample in samples):
+        group = [s for s in samples if (s.operation, s.connections) == (operation, connections)]
+        rates = [s.per_second for s in group]
+        cpu, p50, p99 = (statistics.median(getattr(s, name) for s in group) for name in ("cpu_us", "p50_us", "p99_us"))
+        print(
+            f"| {operation} | {connections} | {statistics.median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f})"
+            f" | {cpu:.0f} | {p50:,.0f} | {p99:,.0f} | {sum(s.failed for s in group)} |"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
