@@ -136,12 +136,12 @@ def open_layout(directory: Path) -> Layout:
     """Return the layout of a directory, made (0700) if it is missing.
 
     Raises:
-        click.ClickException: The directory for its sockets is not ours.
+        click.ClickException: There is no directory for its sockets that is short enough and ours.
         OSError: It can't be made.
     """
     directory = directory.absolute()
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if len(os.fsencode(directory / "redis" / "redis.sock")) <= _SUN_PATH_MAX:
+    if _fits(directory):
         return Layout(directory, directory)
     return Layout(directory, _short_directory(directory))
 
@@ -199,7 +199,7 @@ def _short_directory(directory: Path) -> Path:
     """Return a directory with a short path, the same one for the same ``directory``, that only we can enter.
 
     Raises:
-        click.ClickException: Someone else has made one of this name, or opened it to others.
+        click.ClickException: Someone else has made it, or opened it to others, or its path is long as well.
     """
     name = hashlib.sha256(os.fsencode(directory)).hexdigest()[:12]
     short = Path(tempfile.gettempdir()) / f"progressdb-kms-{os.getuid()}-{name}"
@@ -209,4 +209,10 @@ def _short_directory(directory: Path) -> Path:
     found = short.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise click.ClickException(f"{short} is not a directory of ours alone (mode 0700); remove it")
+    if not _fits(short):
+        raise click.ClickException(f"no room for a Unix socket: {directory} and TMPDIR both have long paths")
     return short
+
+
+def _fits(sockets: Path) -> bool:
+    return len(os.fsencode(sockets / "redis" / "redis.sock")) <= _SUN_PATH_MAX

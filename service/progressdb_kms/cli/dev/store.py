@@ -110,8 +110,9 @@ class DevStore:
             await asyncio.sleep(_PAUSES[attempt])
             try:
                 await self.start()
-            except click.ClickException as error:
-                click.echo(f"dev: {error.message}", err=True)
+            except (click.ClickException, OSError) as error:
+                # A disk that is full, for one: it may have room again by the next try.
+                click.echo(f"dev: {error}", err=True)
             else:
                 restarted()
 
