@@ -38,12 +38,15 @@ def read_private(path: Path, *, error: type[OperatorError] = OperatorError) -> b
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError as failure:
         raise error(f"can't read {path}: {failure.strerror}") from failure
-    with os.fdopen(descriptor, "rb") as file:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise error(f"{path} is not a regular file")
         _check_mode(path, status, error)
-        content = file.read(MAX_PRIVATE_BYTES + 1)
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            content = file.read(MAX_PRIVATE_BYTES + 1)
+    finally:
+        os.close(descriptor)
     if len(content) > MAX_PRIVATE_BYTES:
         raise error(f"{path} is over {MAX_PRIVATE_BYTES} bytes, so it is not what it should be")
     return content

@@ -91,6 +91,12 @@ def _view(api: Api, hot: Hot, route: Route) -> Callable[..., Awaitable[Response]
             accept, content_type = _negotiate(needs_type=route.takes is not None and not route.body_optional)
             async with _deadline(api.limits.body_timeout, errors.RequestTimeout):
                 body = await _read_body(body_limit)
+            if route.permission is not None:
+                grants = session.grants()
+                # Before the body is looked at: whoever may do nothing here can't make the service parse for
+                # them. After it has arrived: an answer in the middle of a body costs the connection.
+                if not grants.allows_some(route.permission):
+                    grants.require(route.permission)
             if route.takes is None and body.strip() not in {b"", b"{}", b"\x80"}:
                 raise errors.InvalidField("this route takes no body")
             call = Call(

@@ -5,6 +5,7 @@ A handler takes a ``Call`` and returns the answer's body, encoded.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 
 PAGE_DEFAULT: Final = 100
 PAGE_MAX: Final = 1000
+_LIMIT: Final = re.compile(r"[1-9][0-9]{0,3}")
 
 _CREATE: Final = Reader(CreateRequest)
 _CREATE_BATCH: Final = BatchReader(CreateItem)
@@ -144,11 +146,16 @@ async def create_dek_for_thread(call: Call) -> bytes:
 async def create_dek_batch(call: Call) -> bytes:
     """Make many DEKs."""
     wanted = [
-        item if isinstance(item, KmsError) else Wanted(item.thread_id, item.idempotency_key or None)
-        for item in _CREATE_BATCH.read(call.content_type, call.body)
+        item if isinstance(item, KmsError) else Wanted(item.thread_id, _given(item.idempotency_key))
+        for item in _CREATE_BATCH.read(call.content_type, call.body, call.kms.bounds.batch_items)
     ]
     results = await lifecycle.create_deks(call.kms, call.session, wanted, call.request_id)
     return call.answer(Results([failed(r) if isinstance(r, KmsError) else _created(r) for r in results]))
+
+
+def _given(key: str | msgspec.UnsetType | None) -> str | None:
+    # An empty key is given, and refused: taken for none, each retry of its caller would make another DEK.
+    return None if key is msgspec.UNSET else key
 
 
 def _created(record: DekRecord) -> CreatedDek:
@@ -212,7 +219,7 @@ async def list_keys(call: Call) -> bytes:
     except ValueError:
         raise InvalidParameter(f"state is one of {', '.join(KeyState)}") from None
     limit = given.get("limit", str(PAGE_DEFAULT))
-    if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:6]) <= PAGE_MAX):
+    if not _LIMIT.fullmatch(limit) or int(limit) > PAGE_MAX:
         raise InvalidParameter(f"limit is 1 to {PAGE_MAX}")
     page = await lifecycle.list_keys(
         call.kms,

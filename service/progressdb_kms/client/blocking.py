@@ -5,8 +5,9 @@ from __future__ import annotations
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
 
 import httpcore
 
@@ -14,91 +15,87 @@ from progressdb_kms.client.endpoint import Endpoint
 from progressdb_kms.client.exchange import Attempt, Options, Pause, Rules, drive, exchange
 from progressdb_kms.client.network import (
     DRIVER_ERRORS,
+    KEEPALIVE_SECONDS,
     check_size,
-    pool_settings,
     reply,
     timeouts,
     translate,
 )
 from progressdb_kms.client.pools import Pools
 from progressdb_kms.client.protocol import Call, Reply
+from progressdb_kms.client.sockets import BoundedBackend, Expiry
 from progressdb_kms.client.tls import ClientTls
 
 T = TypeVar("T")
 
 
-class _Expiry(threading.local):
-    """When the try that this thread makes has to end, on ``time.monotonic``."""
+class ConnectionPool:
+    """Connections to one endpoint, each used by one thread at a time.
 
-    at: float = float("inf")
+    The driver's own pool looks at connections that other threads are using, and may close one: the number
+    of its socket then goes to another connection, and two threads read from that. Here whoever looks at a
+    connection, or closes it, has taken it out first.
 
-    def bound(self, timeout: float | None) -> float:
-        """Return ``timeout`` cut to what is left.
-
-        Raises:
-            httpcore.ReadTimeout: Nothing is left.
-        """
-        left = self.at - time.monotonic()
-        if left <= 0:
-            raise httpcore.ReadTimeout("the call's time is over")
-        return left if timeout is None else min(timeout, left)
-
-
-class _BoundedStream(httpcore.NetworkStream):
-    """Bounds every read and write by the try's end, where the driver bounds each by itself.
-
-    Without it a service that sends a byte now and then would hold a call for ever.
+    Args:
+        make: Makes a connection, not yet opened.
+        limit: At most so many at a time.
     """
 
-    def __init__(self, inner: httpcore.NetworkStream, expiry: _Expiry) -> None:
-        self._inner = inner
-        self._expiry = expiry
+    def __init__(self, make: Callable[[], httpcore.HTTPConnection], limit: int) -> None:
+        self._make = make
+        self._lock = threading.Lock()
+        self._idle: list[httpcore.HTTPConnection] = []
+        self._permits = threading.BoundedSemaphore(limit)
 
-    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        return self._inner.read(max_bytes, self._expiry.bound(timeout))
+    @contextmanager
+    def connection(self, timeout: float) -> Iterator[httpcore.HTTPConnection]:
+        """Take a connection, and give it back if it can be used again.
 
-    def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        self._inner.write(buffer, self._expiry.bound(timeout))
+        Raises:
+            httpcore.PoolTimeout: None was free within ``timeout`` seconds.
+        """
+        if not self._permits.acquire(timeout=timeout):
+            raise httpcore.PoolTimeout
+        try:
+            connection = self._take_idle() or self._make()
+            try:
+                yield connection
+            finally:
+                self._give_back(connection)
+        finally:
+            self._permits.release()
 
     def close(self) -> None:
-        self._inner.close()
+        """Close the idle connections; only for a pool that nobody uses any more."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
 
-    def start_tls(
-        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
-    ) -> httpcore.NetworkStream:
-        inner = self._inner.start_tls(ssl_context, server_hostname, self._expiry.bound(timeout))
-        return _BoundedStream(inner, self._expiry)
+    def _take_idle(self) -> httpcore.HTTPConnection | None:
+        """Return the connection that was used last, so that those that are not needed grow old and go."""
+        found = None
+        expired = []
+        with self._lock:
+            # Asking an idle connection whether it has ended does not wait.
+            while self._idle and self._idle[0].has_expired():
+                expired.append(self._idle.pop(0))
+            while self._idle and found is None:
+                connection = self._idle.pop()
+                if connection.has_expired():
+                    expired.append(connection)
+                else:
+                    found = connection
+        for connection in expired:
+            connection.close()
+        return found
 
-    def get_extra_info(self, info: str) -> Any:  # noqa: ANN401 - the driver's own signature
-        return self._inner.get_extra_info(info)
-
-
-class _BoundedBackend(httpcore.NetworkBackend):
-    def __init__(self, expiry: _Expiry) -> None:
-        self._inner = httpcore.SyncBackend()
-        self._expiry = expiry
-
-    def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
-    ) -> httpcore.NetworkStream:
-        bound = self._expiry.bound(timeout)
-        return _BoundedStream(
-            self._inner.connect_tcp(host, port, bound, local_address, socket_options), self._expiry
-        )
-
-    def connect_unix_socket(
-        self,
-        path: str,
-        timeout: float | None = None,
-        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
-    ) -> httpcore.NetworkStream:
-        bound = self._expiry.bound(timeout)
-        return _BoundedStream(self._inner.connect_unix_socket(path, bound, socket_options), self._expiry)
+    def _give_back(self, connection: httpcore.HTTPConnection) -> None:
+        if connection.is_idle() and not connection.is_closed():
+            with self._lock:
+                self._idle.append(connection)
+        else:
+            connection.close()
 
 
 class SyncHttpSender:
@@ -130,14 +127,21 @@ class SyncHttpSender:
         self._rules = rules
         self._connect_timeout = connect_timeout
         self._sleep = sleep
-        self._expiry = _Expiry()
+        self._expiry = Expiry()
         tls = ClientTls(endpoint.tls, rules.now) if endpoint.tls is not None else None
+        origin = httpcore.URL(endpoint.url).origin
 
-        def make(context: ssl.SSLContext | None) -> httpcore.ConnectionPool:
-            return httpcore.ConnectionPool(
-                **pool_settings(endpoint, context, max_connections),
-                network_backend=_BoundedBackend(self._expiry),
-            )
+        def make(context: ssl.SSLContext | None) -> ConnectionPool:
+            def connection() -> httpcore.HTTPConnection:
+                return httpcore.HTTPConnection(
+                    origin,
+                    ssl_context=context,
+                    keepalive_expiry=KEEPALIVE_SECONDS,
+                    uds=endpoint.uds,
+                    network_backend=BoundedBackend(self._expiry),
+                )
+
+            return ConnectionPool(connection, max_connections)
 
         self._pools = Pools(make, lambda: tls.context() if tls else None)
 
@@ -160,17 +164,20 @@ class SyncHttpSender:
         finally:
             self._close(self._pools.leave(lease))
 
-    def _attempt(self, pool: httpcore.ConnectionPool, step: Attempt) -> Reply:
+    def _attempt(self, pool: ConnectionPool, step: Attempt) -> Reply:
         request = step.request
         self._expiry.at = time.monotonic() + step.timeout
         try:
-            with pool.stream(
-                request.method,
-                self._endpoint.url + request.target,
-                headers=request.headers,
-                content=request.body or None,
-                extensions=timeouts(self._connect_timeout, step.timeout),
-            ) as response:
+            with (
+                pool.connection(step.timeout) as connection,
+                connection.stream(
+                    request.method,
+                    self._endpoint.url + request.target,
+                    headers=request.headers,
+                    content=request.body or None,
+                    extensions=timeouts(self._connect_timeout, step.timeout),
+                ) as response,
+            ):
                 body = bytearray()
                 for chunk in response.iter_stream():
                     body += chunk
@@ -182,6 +189,6 @@ class SyncHttpSender:
             self._expiry.at = float("inf")
 
     @staticmethod
-    def _close(pools: list[httpcore.ConnectionPool]) -> None:
+    def _close(pools: list[ConnectionPool]) -> None:
         for pool in pools:
             pool.close()

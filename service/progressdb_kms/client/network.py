@@ -12,7 +12,7 @@ import httpcore
 from progressdb_kms.client.endpoint import Endpoint
 from progressdb_kms.client.errors import ConnectionFailed, ProtocolViolation
 from progressdb_kms.client.protocol import MAX_ANSWER_BYTES, Reply
-from progressdb_kms.client.tls import tls_failure
+from progressdb_kms.client.tls import NO_CERTIFICATE, tls_failure
 from progressdb_kms.domain.errors import DeadlineExceeded, KmsError
 
 CONNECT_TIMEOUT: Final = 1.0
@@ -67,14 +67,40 @@ def translate(error: BaseException, endpoint: Endpoint) -> KmsError:  # noqa: PL
         )
     if isinstance(error, httpcore.TimeoutException):
         return DeadlineExceeded(f"{endpoint} did not answer in time")
-    refused = tls_failure(error, str(endpoint))
+    if isinstance(error, httpcore.ProtocolError):
+        if _disconnected(error):
+            return _broken(endpoint)
+        return ProtocolViolation(f"what {endpoint} sent is not HTTP/1.1")
+    cause = _cause(error)
+    refused = tls_failure(cause, str(endpoint))
     if refused is not None:
         return refused
     if isinstance(error, httpcore.ConnectError):
-        return ConnectionFailed(f"no connection to {endpoint}: {_reason(error)}")
-    if isinstance(error, httpcore.ProtocolError) and not _disconnected(error):
-        return ProtocolViolation(f"what {endpoint} sent is not HTTP/1.1")
-    return ConnectionFailed(f"the connection to {endpoint} broke")
+        return ConnectionFailed(f"no connection to {endpoint}: {_reason(cause)}")
+    return _broken(endpoint)
+
+
+def _broken(endpoint: Endpoint) -> ConnectionFailed:
+    """Return the error of a connection that ended too early.
+
+    A service that refuses a client's certificate says so in TLS, but the request that is already on its
+    way can make the network drop that message: so a broken connection may be a refusal.
+    """
+    hint = ""
+    if endpoint.tls is not None:
+        given = endpoint.tls.cert is not None
+        hint = "its log says whether it refuses the certificate" if given else NO_CERTIFICATE
+        hint = f"; if it goes on: {hint}"
+    return ConnectionFailed(f"the connection to {endpoint} broke{hint}")
+
+
+def _cause(error: BaseException) -> BaseException | None:
+    """Return what the driver made ``error`` of; its pool cuts ``__cause__`` off, ``__context__`` is the same.
+
+    Only for errors that the driver always makes of another: else the context is whatever the caller was
+    just handling.
+    """
+    return error.__context__ if isinstance(error, httpcore.NetworkError) else error
 
 
 def _disconnected(error: httpcore.ProtocolError) -> bool:
@@ -83,16 +109,15 @@ def _disconnected(error: httpcore.ProtocolError) -> bool:
     The driver raises one class for both. Its own words, without h11 behind them, are for a connection that
     ended before the first byte; h11 names the end of one that was cut within an answer.
     """
-    cause = error.__cause__
+    cause = error.__context__
     return not isinstance(cause, h11.ProtocolError) or "peer closed connection" in str(cause)
 
 
-def _reason(error: BaseException) -> str:
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-        cause = cause.__cause__
+def _reason(error: BaseException | None) -> str:
+    while error is not None:
+        if isinstance(error, OSError) and error.strerror:
+            return error.strerror
+        error = error.__cause__
     return "refused or not reachable"
 
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from progressdb_kms.client.aio import AsyncHttpSender
 from progressdb_kms.client.blocking import SyncHttpSender
 from progressdb_kms.client.endpoint import Endpoint, TlsFiles, resolve
+from progressdb_kms.client.errors import EndpointInvalid
 from progressdb_kms.client.exchange import Rules
 from progressdb_kms.client.network import CONNECT_TIMEOUT, MAX_CONNECTIONS
 from progressdb_kms.client.protocol import Encoding
 from progressdb_kms.client.provider import KmsProvider, SyncKmsProvider
 from progressdb_kms.client.retry import RetryPolicy
 from progressdb_kms.client.senders import SenderProvider, SyncSenderProvider
+
+if TYPE_CHECKING:
+    from progressdb_kms.client.embedded import EmbeddedProvider, SyncEmbeddedProvider
 
 AnyPath = str | os.PathLike[str]
 
@@ -63,10 +67,8 @@ def open_provider(url: str | None = None, **options: Unpack[ConnectOptions]) -> 
     """
     endpoint = _endpoint(url, options)
     if endpoint.embedded:
-        # Imported here alone: it needs cryptography, which the client otherwise does without.
-        from progressdb_kms.client.embedded import EmbeddedProvider  # noqa: PLC0415
-
-        return EmbeddedProvider()
+        provider, _ = _embedded()
+        return provider()
     rules = _rules(options)
     sender = AsyncHttpSender(
         endpoint,
@@ -81,9 +83,8 @@ def open_sync_provider(url: str | None = None, **options: Unpack[ConnectOptions]
     """Return a provider for code without an event loop; arguments and errors as for ``open_provider``."""
     endpoint = _endpoint(url, options)
     if endpoint.embedded:
-        from progressdb_kms.client.embedded import SyncEmbeddedProvider  # noqa: PLC0415 - as above
-
-        return SyncEmbeddedProvider()
+        _, provider = _embedded()
+        return provider()
     return SyncSenderProvider(_sync_sender(endpoint, options), options.get("encoding", "json"))
 
 
@@ -91,6 +92,25 @@ def open_sync_sender(url: str | None = None, **options: Unpack[ConnectOptions]) 
     """Return the transport of a sync provider, None for the embedded one; arguments as ``open_provider``."""
     endpoint = _endpoint(url, options)
     return None if endpoint.embedded else _sync_sender(endpoint, options)
+
+
+def _embedded() -> tuple[type[EmbeddedProvider], type[SyncEmbeddedProvider]]:
+    """Import the embedded providers: they need packages that the client otherwise does without.
+
+    Raises:
+        EndpointInvalid: One is not installed.
+    """
+    try:
+        from progressdb_kms.client.embedded import (  # noqa: PLC0415 - as said above
+            EmbeddedProvider,
+            SyncEmbeddedProvider,
+        )
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        raise EndpointInvalid(
+            f"embedded: needs the package {package}; install progressdb-kms[embedded]"
+        ) from error
+    return EmbeddedProvider, SyncEmbeddedProvider
 
 
 def _sync_sender(endpoint: Endpoint, options: ConnectOptions) -> SyncHttpSender:

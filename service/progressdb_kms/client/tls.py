@@ -120,11 +120,12 @@ class ClientTls:
         return tuple(found)
 
 
+NO_CERTIFICATE: Final = (
+    f"the service asks for a client certificate: give cert and key ({ENV_CERT}, {ENV_KEY})"
+)
+
 _REMEDIES: Final = (
-    (
-        "CERTIFICATE_REQUIRED",
-        f"the service asks for a client certificate: give cert and key ({ENV_CERT}, {ENV_KEY})",
-    ),
+    ("CERTIFICATE_REQUIRED", NO_CERTIFICATE),
     ("HANDSHAKE_FAILURE", f"the service refused: give it a client certificate ({ENV_CERT}, {ENV_KEY})"),
     ("CERTIFICATE_EXPIRED", "the service says that the client certificate has expired: renew it"),
     (
@@ -149,27 +150,24 @@ _REMEDIES: Final = (
 )
 
 
-def tls_failure(error: BaseException, endpoint: str) -> TlsFailed | None:
+def tls_failure(error: BaseException | None, endpoint: str) -> TlsFailed | None:
     """Return the error to raise if ``error`` comes from a refusal in TLS, None for a mere broken connection.
 
     In TLS 1.3 the service judges the client's certificate after the client has finished, so that a
     refusal is seen only in the first read.
     """
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, ssl.SSLCertVerificationError):
+    while error is not None:
+        if isinstance(error, ssl.SSLCertVerificationError):
             return TlsFailed(
-                f"the certificate of {endpoint} is not accepted: {cause.verify_message};"
+                f"the certificate of {endpoint} is not accepted: {error.verify_message};"
                 f" does {ENV_CA} hold its CA, and is it issued for this host name?"
             )
         # An end without a farewell and a farewell without an answer are broken connections.
-        if isinstance(cause, ssl.SSLError) and not isinstance(
-            cause, ssl.SSLEOFError | ssl.SSLZeroReturnError
+        if isinstance(error, ssl.SSLError) and not isinstance(
+            error, ssl.SSLEOFError | ssl.SSLZeroReturnError
         ):
-            reason = cause.reason or "no reason"
-            for name, remedy in _REMEDIES:
-                if name in reason:
-                    return TlsFailed(f"TLS with {endpoint} failed: {remedy}")
-            return TlsFailed(f"TLS with {endpoint} failed: {reason}")
-        cause = cause.__cause__
+            reason = error.reason or "no reason"
+            remedy = next((remedy for name, remedy in _REMEDIES if name in reason), reason)
+            return TlsFailed(f"TLS with {endpoint} failed: {remedy}")
+        error = error.__cause__
     return None

@@ -12,8 +12,7 @@ from progressdb_kms.domain.identity import Identity
 from progressdb_kms.settings import Limits
 from progressdb_kms.transport.problem import raw_problem
 
-# For the peer to read the last answer and close, before the connection is cut. Also bounds how long a
-# refused peer may go on sending; cutting at once would reset the connection and lose the answer under way.
+# In seconds, for a peer to take its leave when nothing of importance is under way to it.
 CLOSE_GRACE = 2.0
 READ_BUFFER = 2**16
 
@@ -125,13 +124,19 @@ class Connection:
         if self.phase is not Phase.CLOSING:
             self.deadline = math.inf
 
-    def finish(self, why: str) -> None:
-        """Close, giving the peer a moment to take what is written. Only the first reason counts."""
+    def finish(self, why: str, *, answered: bool = False) -> None:
+        """Close. Only the first reason counts.
+
+        Args:
+            why: For ``connection_closed``.
+            answered: An answer has just been written, and its end may still have to be sent: the peer gets
+                write_timeout for it. Otherwise it gets a moment.
+        """
         if self.phase is Phase.CLOSING:
             return
         self.phase = Phase.CLOSING
         self.why = why
-        self.deadline = self._now() + CLOSE_GRACE
+        self.deadline = self._now() + (self._limits.write_timeout if answered else CLOSE_GRACE)
         if self._stop_reading is not None:
             self._stop_reading()
 
@@ -155,7 +160,7 @@ class Connection:
             self.abort(self.why)
         elif self.phase is Phase.HEADERS:
             # No answer is under way in this phase, so these bytes can't end up inside one.
-            if self._transport is not None:
+            if self._transport is not None and not self._transport.is_closing():
                 self._transport.write(
                     raw_problem(408, RequestTimeout("the request's headers did not arrive in time"))
                 )
@@ -186,3 +191,9 @@ class ConnectionProtocol(asyncio.StreamReaderProtocol):
         else:
             self._connection.bytes_arrived(len(data))
         super().data_received(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Take the end of the connection: nothing more can be sent, whatever is still being worked on."""
+        if self._connection is not None:
+            self._connection.finish("peer")
+        super().connection_lost(exc)

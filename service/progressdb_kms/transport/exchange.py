@@ -12,7 +12,7 @@ from hypercorn.asyncio.tcp_server import MAX_RECV, TCPServer
 from hypercorn.events import Closed, Event, RawData, Updated
 from hypercorn.typing import ConnectionState
 
-from progressdb_kms.transport.connection import Connection, Phase
+from progressdb_kms.transport.connection import CLOSE_GRACE, Connection, Phase
 from progressdb_kms.transport.http1 import Http1
 from progressdb_kms.transport.inbox import ConnectionTasks, where
 
@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from hypercorn.typing import AppWrapper
 
 log = logging.getLogger(__name__)
+
+# In seconds: a peer that is silent for so long has sent what it had to say.
+LINGER_PAUSE = 0.5
+# An answer is written in pieces of so many bytes, and about so many wait in memory for the peer.
+PIECE = 2**16
 
 
 class Exchange(TCPServer):
@@ -55,6 +60,7 @@ class Exchange(TCPServer):
     async def run(self) -> None:
         """Serve until either side closes; returns when the socket is closed and no task is left."""
         self.connection.attach(self.writer.transport, self._stop_reading)
+        self.writer.transport.set_write_buffer_limits(high=PIECE)
         client, server = _address(self.writer, "peername"), _address(self.writer, "sockname")
         secure = self.writer.get_extra_info("ssl_object") is not None
         try:
@@ -86,7 +92,7 @@ class Exchange(TCPServer):
         if isinstance(event, RawData):
             await self._write(event.data)
         elif isinstance(event, Closed):
-            self.connection.finish("done")
+            self.connection.finish("done", answered=True)
         elif isinstance(event, Updated):
             if event.idle:
                 self.connection.request_done(buffered=self.http.buffered)
@@ -94,13 +100,15 @@ class Exchange(TCPServer):
                 self.connection.request_began()
 
     async def _write(self, data: bytes) -> None:
-        if not data or self.writer.is_closing():
-            return
         async with self.send_lock:
             self.connection.write_began()
             try:
-                self.writer.write(data)
-                await self.writer.drain()
+                # In pieces, as the loops' TLS layers take anything at once and only then ask to wait.
+                for start in range(0, len(data), PIECE):
+                    if self.writer.is_closing():
+                        break  # uvloop raises for it, asyncio warns; the app hears of it through its inbox
+                    self.writer.write(data[start : start + PIECE])
+                    await self.writer.drain()
             except (ConnectionError, ssl.SSLError):
                 await self.http.handle(Closed())
             finally:
@@ -143,10 +151,11 @@ class Exchange(TCPServer):
             self.writer.transport.abort()
 
     async def _discard(self) -> None:
-        """Read on for a moment, so that the answer is not lost with a reset; the sweep ends it."""
-        with suppress(OSError):
-            while await self.reader.read(MAX_RECV):
-                pass
+        """Read on for a moment, so that the answer is not lost with a reset (RFC 9112 9.6)."""
+        with suppress(OSError):  # TimeoutError is one
+            async with asyncio.timeout(CLOSE_GRACE):
+                while await asyncio.wait_for(self.reader.read(MAX_RECV), LINGER_PAUSE):
+                    pass
 
 
 def _address(writer: asyncio.StreamWriter, which: str) -> tuple[str, int] | None:

@@ -114,7 +114,8 @@ class Http1(H11Protocol):
         elif self._head:
             head, self._head = self._head, b""
             await self.send(RawData(head))
-        await self.send(RawData(data))
+        if data:  # the end of an answer of known length is no bytes
+            await self.send(RawData(data))
 
     async def _check_protocol(self, event: h11.Request) -> None:
         """Switch to no other protocol."""

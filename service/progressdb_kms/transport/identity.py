@@ -8,6 +8,7 @@ import struct
 from typing import TYPE_CHECKING, TypeVar
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
@@ -17,6 +18,14 @@ if TYPE_CHECKING:
     from progressdb_kms.settings import UnixListen
 
 MAX_NAME = 255
+# What ``cryptography`` raises for a certificate that it can't take, at the latest when a part is asked for.
+UNREADABLE = (
+    ValueError,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+)
 _Extension = TypeVar("_Extension", bound=x509.ExtensionType)
 
 
@@ -51,7 +60,7 @@ def identity_of(der: bytes) -> Identity:
         usages = _extension(certificate, x509.ExtendedKeyUsage)
         kind, name = _name(certificate)
         spki = certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    except (ValueError, TypeError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
+    except UNREADABLE as error:
         raise IdentityRefused("identity", "the certificate can't be read") from error
     if usages is None or ExtendedKeyUsageOID.CLIENT_AUTH not in usages:
         raise IdentityRefused("wrong_usage", "the certificate is not for clients (no clientAuth usage)")

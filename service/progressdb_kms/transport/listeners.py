@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 BACKLOG = 1024
 # Accepted in one turn of the event loop, so that a flood of connects does not hold up those being served.
 ACCEPT_AT_ONCE = 64
-# Out of file descriptors or memory the listening socket stays readable: without a pause, accepting would spin.
+# Out of descriptors or memory, the listening socket stays readable: without a pause, accepting would spin.
 ACCEPT_PAUSE = 0.5
 _OUT_OF_SOMETHING = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 # sun_path of unix(7), less its closing NUL.

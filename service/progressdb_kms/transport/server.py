@@ -18,7 +18,8 @@ from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.asyncio.worker_context import WorkerContext
 
 from progressdb_kms.domain.errors import SettingsInvalid
-from progressdb_kms.transport.connection import Connection, ConnectionProtocol, Phase
+from progressdb_kms.transport.alert import handshaking
+from progressdb_kms.transport.connection import CLOSE_GRACE, Connection, ConnectionProtocol, Phase
 from progressdb_kms.transport.exchange import Exchange
 from progressdb_kms.transport.http1 import http_config
 from progressdb_kms.transport.identity import IdentityRefused, identity_of, peer_identity
@@ -41,8 +42,6 @@ log = logging.getLogger(__name__)
 ADMIN_CONNECTIONS = 64
 # How exactly deadlines are kept, in seconds.
 SWEEP = 0.5
-# For the TLS close_notify exchange, in seconds; the answer has been sent by then.
-SSL_SHUTDOWN = 1.0
 # At the end of a drain, for cancelled tasks to finish.
 LAST_MOMENT = 1.0
 
@@ -146,7 +145,7 @@ class Server:
         self._admin_acceptor = Acceptor(sock, self._accepted_admin)
 
     async def drain(self) -> None:
-        """End as SIGTERM asks for: unready at once, accept for ``drain.delay``, be done ``drain.timeout`` later.
+        """End as SIGTERM asks for: unready now, accepting for ``drain.delay``, done ``drain.timeout`` later.
 
         Until the delay is over each answer closes its connection, so that clients go elsewhere. Then idle
         connections close, requests under way finish, and what is left at the timeout is cut.
@@ -258,6 +257,7 @@ class Server:
     ) -> tuple[asyncio.Transport, ConnectionProtocol]:
         loop = asyncio.get_running_loop()
         protocol = ConnectionProtocol(loop)
+        handshaking.set(sock)
         try:
             # uvloop's second result is its TLS layer, not our protocol.
             transport, _layer = await loop.connect_accepted_socket(
@@ -265,7 +265,8 @@ class Server:
                 sock,
                 ssl=tls.context,
                 ssl_handshake_timeout=self._limits.handshake_timeout,
-                ssl_shutdown_timeout=SSL_SHUTDOWN,
+                # Includes the sending of what is left. The sweep keeps the time, by what is being closed.
+                ssl_shutdown_timeout=self._limits.write_timeout + CLOSE_GRACE,
             )
         except asyncio.CancelledError:
             # Cancelled before its first step, the loop's TLS layer would go on with the handshake.
@@ -305,6 +306,9 @@ class Server:
         self._events.connection_opened(kind)
         try:
             await self._exchange(connection, transport, protocol)
+        except Exception:
+            connection.finish("error")
+            raise
         finally:
             transport.abort()
             del held[connection]

@@ -17,7 +17,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from progressdb_kms.domain.errors import TlsInvalid
 from progressdb_kms.files import read_private
 from progressdb_kms.settings import Tls
+from progressdb_kms.transport.alert import AlertingContext
 from progressdb_kms.transport.events import TransportEvents
+from progressdb_kms.transport.identity import UNREADABLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,16 +114,15 @@ class TlsHolder:
 
 
 def _context() -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context = AlertingContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_3
     context.verify_mode = ssl.CERT_REQUIRED
-    # Set whole, as Python's defaults differ between versions. STRICT holds chains to RFC 5280; what
-    # cert-manager, SPIRE, Vault, step-ca and `openssl req -x509` make passes. PARTIAL_CHAIN: what the
-    # operator put into client_ca is trusted, be it a root or an intermediate, and nothing else is.
+    # Set whole, as Python's defaults differ between versions. PARTIAL_CHAIN: what the operator put into
+    # client_ca is trusted, be it a root or an intermediate, and nothing else is. Not X509_STRICT: it refuses
+    # the CAs that `openssl req -x509` makes by default (no key usage), and what it adds to the checks that
+    # always apply (CA flag, key usage where there is one, path length, dates, purpose) is form.
     context.verify_flags = (
-        ssl.VerifyFlags.VERIFY_X509_STRICT
-        | ssl.VerifyFlags.VERIFY_X509_PARTIAL_CHAIN
-        | ssl.VerifyFlags.VERIFY_X509_TRUSTED_FIRST
+        ssl.VerifyFlags.VERIFY_X509_PARTIAL_CHAIN | ssl.VerifyFlags.VERIFY_X509_TRUSTED_FIRST
     )
     # A ticket would let a client come back without its certificate being verified again.
     context.num_tickets = 0
@@ -154,7 +155,7 @@ def _certificates(path: Path, pem: bytes) -> list[x509.Certificate]:
         for certificate in certificates:
             # Both are parsed only when asked for; asked here, a damaged part is this error and no later one.
             _ = certificate.extensions, certificate.public_key()
-    except (ValueError, UnsupportedAlgorithm, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
+    except UNREADABLE:
         raise TlsInvalid(f"{path} holds no certificate in PEM, or a damaged one") from None
     return certificates
 

@@ -11,7 +11,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from progressdb_kms.domain.envelope import NONCE_BYTES, open_sealed, seal
-from progressdb_kms.domain.errors import BatchTooLarge, KeyExhausted, KmsError, PlaintextTooLarge
+from progressdb_kms.domain.errors import KeyExhausted, KmsError, PlaintextTooLarge
 from progressdb_kms.domain.keys import MAY_DECRYPT, MAY_ENCRYPT, refusal
 from progressdb_kms.domain.policy import Permission
 from progressdb_kms.usecases.keycache import CachedDek
@@ -128,7 +128,7 @@ class Hot:
         grants = session.grants()
         if not grants.allows_some(Permission.ENCRYPT):
             grants.require(Permission.ENCRYPT)
-        items = ENCRYPT_BATCH.read(content_type, body)
+        items = ENCRYPT_BATCH.read(content_type, body, self._kms.bounds.batch_items)
         keys = self._keys(items, loaded)
         if isinstance(keys, Miss):
             return keys
@@ -176,7 +176,7 @@ class Hot:
         grants = session.grants()
         if not grants.allows_some(Permission.DECRYPT):
             grants.require(Permission.DECRYPT)
-        items = DECRYPT_BATCH.read(content_type, body)
+        items = DECRYPT_BATCH.read(content_type, body, self._kms.bounds.batch_items)
         keys = self._keys(items, loaded)
         if isinstance(keys, Miss):
             return keys
@@ -196,11 +196,6 @@ class Hot:
         return encode(accept, Results(results))
 
     def _keys(self, items: Iterable[EncryptItem | DecryptItem | KmsError], loaded: Loaded) -> Loaded | Miss:
-        items = list(items)
-        if len(items) > self._kms.bounds.batch_items:
-            raise BatchTooLarge(
-                f"a batch has at most {self._kms.bounds.batch_items} items, this one has {len(items)}"
-            )
         keys: Loaded = {}
         missing = set()
         for key_id in {item.key_id for item in items if not isinstance(item, KmsError)}:

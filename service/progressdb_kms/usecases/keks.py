@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from progressdb_kms.domain.envelope import USES_LIMIT, USES_WARN, pack_blob, wrap_aad
-from progressdb_kms.domain.errors import KekMismatch, KekUnavailable, KmsError, NotReady
+from progressdb_kms.domain.errors import KekMismatch, KekUnavailable, KmsError, NotReady, RegistryLost
 from progressdb_kms.domain.keyring import KekInfo, KekState, kek_id_of
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class KekBook:
         self._view: RegistryView | None = None
         self._verified: dict[int, str] = {}
         self._wraps_left: dict[int, int] = {}
+        self._lost = ""
         self._reserving = asyncio.Lock()
         self.problem = "the KEK registry has not been read yet"
 
@@ -104,19 +105,27 @@ class KekBook:
     async def refresh(self) -> None:
         """Read the registry and the source again; what does not agree makes ``problem``, and is not used.
 
+        While the registry is lost, what was known of it still unwraps, but nothing is wrapped: never under a
+        KEK that the store's registry does not know.
+
         Raises:
-            RegistryLost, StoreUnavailable: As ``start``; what was known stays in force.
+            RegistryLost, StoreUnavailable: As ``start``.
         """
-        view = await self._registry.load()
+        try:
+            view = await self._registry.load()
+        except RegistryLost as error:
+            self.problem = self._lost = error.detail
+            raise
         if view is None:
-            self.problem = "the KEK registry has gone from the store: restore it before anything is written"
-            return
-        if self._view is not None and view.store_id != self._view.store_id:
-            self.problem = (
+            self.problem = self._lost = (
+                "the KEK registry has gone from the store: restore it before anything is written"
+            )
+        elif self._view is not None and view.store_id != self._view.store_id:
+            self.problem = self._lost = (
                 "this is another store than the one that the service started on: restart the service"
             )
-            return
-        await self._adopt(view)
+        else:
+            await self._adopt(view)
 
     async def _adopt(self, view: RegistryView) -> None:
         verified: dict[int, str] = {}
@@ -139,6 +148,7 @@ class KekBook:
             problems.append(f"the KEK registry names version {view.active} as active but does not know it")
         self._view = view
         self._verified = verified
+        self._lost = ""
         self.problem = "; ".join(problems)
 
     async def wrap(
@@ -154,9 +164,12 @@ class KekBook:
             KEK version, its kek_id, and the blobs.
 
         Raises:
-            KekUnavailable: The active version is not loaded as registered, or is worn out.
+            KekUnavailable: The active version is not loaded as registered, or is worn out, or the registry
+                is lost: a key wrapped then might be under a KEK that nobody knows of later.
             StoreUnavailable, StoreNotDurable: Its count of wraps can't be reserved.
         """
+        if self._lost:
+            raise KekUnavailable(self._lost)
         version = self.active
         kek_id = self._verified.get(version)
         if kek_id is None:

@@ -12,8 +12,9 @@ A change of a key's state reaches every instance within one second, whatever fai
 Why this is enough: take a change whose notice was put at T and whose record changed at C, T <= C <= T + 2.
 An instance that answers from memory at or after C + 1 has begun a whole read after C >= T, so it has seen the
 notice and dropped the key. What it loaded again meanwhile was not cached before 5 s after the notice was
-read: after C. At the very start the same holds because nothing is cached from loads that began within
-``SETTLE`` of the moment from which notices are read.
+read, and never by a load that took longer than ``SETTLE``: so that load began after C. At the very start the
+same holds because nothing is cached from loads that began within ``SETTLE`` of the moment from which notices
+are read.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ class CachedDek:
         state: State when it was loaded.
         version: The DEK's number in its thread, as answers carry it.
         loaded_at: When the load began, in seconds of the cache's clock.
-        uses_left: Encryptions that may be made before more must be reserved.
-        unreported: Encryptions made out of ``FREE_USES`` that the store does not know of yet.
+        uses_left: Encryptions that may be made before more must be reserved; the last ``FREE_USES`` are
+            not reserved themselves.
         exhausted: The key has reached ``USES_LIMIT``.
     """
 
@@ -64,7 +65,6 @@ class CachedDek:
         "loaded_at",
         "state",
         "thread_id",
-        "unreported",
         "uses_left",
         "version",
     )
@@ -87,21 +87,23 @@ class CachedDek:
         self.version = version
         self.loaded_at = loaded_at
         self.uses_left = FREE_USES
-        self.unreported = 0
         self.exhausted = exhausted
 
     def __repr__(self) -> str:
         return f"CachedDek({self.key_id!r}, state={self.state!r})"
 
+    @property
+    def unreported(self) -> int:
+        """Encryptions made out of ``FREE_USES``, that the store does not know of yet."""
+        return max(0, FREE_USES - self.uses_left)
+
     def spend(self, count: int) -> None:
-        """Note encryptions about to be made."""
+        """Note encryptions about to be made: out of what is reserved first, then out of ``FREE_USES``."""
         self.uses_left -= count
-        self.unreported += count
 
     def reserved(self, count: int) -> None:
-        """Note that ``count`` uses, what was unreported among them, are now in the store."""
-        self.uses_left += count - self.unreported
-        self.unreported = 0
+        """Note that ``count`` more uses are now in the store."""
+        self.uses_left += count
 
 
 class DekCache:
@@ -158,7 +160,8 @@ class DekCache:
             return known
         noticed = self._noticed.get(key.key_id)
         now = self._clock()
-        if key.loaded_at < self._cacheable_from or (
+        # Of a load slower than SETTLE nobody knows on which side of a noticed change it read.
+        if key.loaded_at < max(self._cacheable_from, now - SETTLE) or (
             noticed is not None and (key.loaded_at <= noticed or now < noticed + QUIET)
         ):
             return key
@@ -174,8 +177,8 @@ class DekCache:
 
     def _settle(self, key: CachedDek) -> None:
         if key.unreported:
-            self._owed[key.key_id] = self._owed.get(key.key_id, 0) + key.unreported
-            key.unreported = 0
+            self.owe({key.key_id: key.unreported})
+            key.reserved(key.unreported)
 
     def take_owed(self) -> dict[str, int]:
         """Return the uses of keys that left the cache and are not in the store yet, and forget them."""

@@ -59,6 +59,7 @@ class Loader:
         loaded: Loaded = {}
         try:
             for _ in range(_ROUNDS):
+                self._drop_old(loaded)
                 answer = hot(session, content_type, accept, body, loaded)
                 if not isinstance(answer, Miss):
                     return answer
@@ -72,11 +73,27 @@ class Loader:
                 if isinstance(key, CachedDek):
                     self._kms.cache.settle(key)
 
+    def _stale(self, key_id: str) -> CachedDek | None:
+        """Return a key that may serve because the store does not answer, or None."""
+        return self._kms.cache.lookup_stale(key_id) if self.store_away else None
+
+    def _drop_old(self, loaded: Loaded) -> None:
+        """Forget what was fetched over a second ago: this request has waited for something else since."""
+        kms = self._kms
+        for key_id, key in list(loaded.items()):
+            if (
+                isinstance(key, CachedDek)
+                and kms.clock() - key.loaded_at > FRESH
+                and self._stale(key_id) is not key
+            ):
+                kms.cache.settle(key)
+                del loaded[key_id]
+
     async def _load(self, key_ids: Iterable[str], loaded: Loaded) -> None:
         kms = self._kms
         wanted = []
         for key_id in key_ids:
-            stale = kms.cache.lookup_stale(key_id) if self.store_away else None
+            stale = self._stale(key_id)
             if stale is not None:
                 kms.observer.cache("stale")
                 loaded[key_id] = stale
@@ -88,8 +105,10 @@ class Loader:
         for _ in range(2):
             late = []
             for key_id, began, key in await self._shared(wanted):
-                # What the store said more than a second ago says nothing about now: ask again, once.
-                if isinstance(key, CachedDek) and kms.clock() - began > FRESH:
+                # What the store said more than a second ago says nothing about now: ask again, once. A key
+                # that serves because the store says nothing at all is judged by its staleness alone.
+                old = isinstance(key, CachedDek) and kms.clock() - began > FRESH
+                if old and self._stale(key_id) is not key:
                     late.append(key_id)
                 else:
                     loaded[key_id] = key
@@ -135,7 +154,9 @@ class Loader:
             records = await kms.store.get(key_ids)
         except StoreUnavailable as error:
             for key_id in key_ids:
-                stale = kms.cache.lookup_stale(key_id) if self.store_away else None
+                stale = self._stale(key_id)
+                if stale is not None:
+                    kms.observer.cache("stale")
                 fetched[key_id] = stale or StoreUnavailable(error.detail)
             return fetched
         live = []

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import operator
-import re
 from collections.abc import Callable
 from typing import Any, Final, Generic, TypeVar, cast
 
@@ -16,6 +15,7 @@ import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
 from progressdb_kms.domain.errors import (
+    BatchTooLarge,
     DuplicateField,
     InvalidField,
     KmsError,
@@ -160,7 +160,6 @@ _JSON_RAW_BATCH: Final = msgspec.json.Decoder(_RawBatch)
 _MSGPACK_RAW_BATCH: Final = msgspec.msgpack.Decoder(_RawBatch)
 _MAP16: Final = 0xDE
 _MAP32: Final = 0xDF
-_UNKNOWN: Final = re.compile(r"unknown field `.*?`(?= - at|$)", re.DOTALL)
 
 
 def encode(content_type: str, message: object) -> bytes:
@@ -172,25 +171,30 @@ class Reader(Generic[T]):
     """Reads one kind of body.
 
     Args:
-        model: The Struct to read into; its fields are strings and byte strings.
+        model: The Struct to read into; those of its fields that have no default are strings or byte strings.
     """
 
-    __slots__ = ("_json", "_msgpack", "present")
+    __slots__ = ("_json", "_msgpack", "_optional", "_required")
 
     def __init__(self, model: type[T]) -> None:
         self._json = msgspec.json.Decoder(model)
         self._msgpack = msgspec.msgpack.Decoder(model)
         optional = [field.name for field in msgspec.structs.fields(model) if field.default is UNSET]
-        required = len(model.__struct_fields__) - len(optional)
-        # One optional field is the common case, and this runs for each item of a batch.
-        if len(optional) == 1:
-            (name,) = optional
-            get = operator.attrgetter(name)
-            self.present: Callable[[T], int] = lambda message: required + (get(message) is not UNSET)
-        else:
-            self.present = lambda message: (
-                required + sum(getattr(message, name) is not UNSET for name in optional)
-            )
+        self._required = len(model.__struct_fields__) - len(optional)
+        self._optional = tuple(operator.attrgetter(name) for name in optional)
+
+    def present(self, message: T) -> int:
+        """Return how many fields ``message`` was given."""
+        return self._required + sum(get(message) is not UNSET for get in self._optional)
+
+    def quotes(self, message: T) -> int:
+        """Return how many quotes ``message`` takes in JSON without escapes: two a name, two a string."""
+        count = 4 * self._required
+        for get in self._optional:
+            value = get(message)
+            if value is not UNSET:
+                count += 4 if isinstance(value, str | bytes) else 2
+        return count
 
     def read(self, content_type: str, body: bytes | msgspec.Raw) -> T:
         """Read a body.
@@ -205,7 +209,7 @@ class Reader(Generic[T]):
             if content_type == JSON:
                 message = self._json.decode(body)
                 raw = bytes(body)
-                if b"\\" in raw or raw.count(b'"') != 4 * self.present(message):
+                if b"\\" in raw or raw.count(b'"') != self.quotes(message):
                     _refuse_json_duplicates(raw)
                 return message
             if content_type == MSGPACK:
@@ -215,7 +219,7 @@ class Reader(Generic[T]):
                 return message
         except msgspec.MsgspecError as error:
             raise _translated(error) from None
-        except (UnicodeDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             raise MalformedBody from None
         raise UnsupportedMediaType
 
@@ -233,10 +237,11 @@ class BatchReader(Generic[T]):
         self._item = Reader(model)
         self._json = msgspec.json.Decoder(_Batch[model])  # type: ignore[valid-type]  # a model that is known at run time
 
-    def read(self, content_type: str, body: bytes) -> list[T | KmsError]:
-        """Read a batch, in order.
+    def read(self, content_type: str, body: bytes, limit: int) -> list[T | KmsError]:
+        """Read a batch of at most ``limit`` items, in order.
 
         Raises:
+            BatchTooLarge: More items, whatever they are.
             MalformedBody, DuplicateField, InvalidField: The batch itself is not of the right form.
             UnsupportedMediaType: Neither JSON nor msgpack.
         """
@@ -245,14 +250,15 @@ class BatchReader(Generic[T]):
             try:
                 batch = self._json.decode(body)
             except msgspec.ValidationError:
-                return self._each(JSON, body, _JSON_RAW_BATCH)
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+                return self._each(JSON, body, _JSON_RAW_BATCH, limit)
+            except (msgspec.DecodeError, ValueError, RecursionError):
                 raise MalformedBody from None
-            if b"\\" in body or body.count(b'"') != 2 + 4 * sum(map(self._item.present, batch.items)):
-                return self._each(JSON, body, _JSON_RAW_BATCH)
+            _within(limit, len(batch.items))
+            if b"\\" in body or body.count(b'"') != 2 + sum(map(self._item.quotes, batch.items)):
+                return self._each(JSON, body, _JSON_RAW_BATCH, limit)
             return cast("list[T | KmsError]", batch.items)
         if content_type == MSGPACK:
-            return self._each(MSGPACK, body, _MSGPACK_RAW_BATCH)
+            return self._each(MSGPACK, body, _MSGPACK_RAW_BATCH, limit)
         raise UnsupportedMediaType
 
     def _each(
@@ -260,14 +266,18 @@ class BatchReader(Generic[T]):
         content_type: str,
         body: bytes,
         decoder: msgspec.json.Decoder[_RawBatch] | msgspec.msgpack.Decoder[_RawBatch],
+        limit: int,
     ) -> list[T | KmsError]:
         try:
             raw = decoder.decode(body)
+            # Before anything is done for each: millions of tiny bad items fit into a body.
+            _within(limit, len(raw.items))
+            names = _declared(body) if content_type == MSGPACK else _json_names(body)
         except msgspec.MsgspecError as error:
             raise _translated(error) from None
-        except (UnicodeDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             raise MalformedBody from None
-        if (_declared(body) if content_type == MSGPACK else _json_names(body)) != 1:
+        if names != 1:
             raise DuplicateField
         read = self._item.read
         results: list[T | KmsError] = []
@@ -279,11 +289,18 @@ class BatchReader(Generic[T]):
         return results
 
 
+def _within(limit: int, items: int) -> None:
+    if items > limit:
+        raise BatchTooLarge(f"a batch has at most {limit} items, this one has {items}")
+
+
 def _translated(error: msgspec.MsgspecError) -> KmsError:
-    """Return our error for one of msgspec's, without the value that its text may quote."""
-    if isinstance(error, msgspec.ValidationError):
-        return InvalidField(_UNKNOWN.sub("unknown field", str(error)))
-    return MalformedBody()
+    """Return our error for one of msgspec's, without the field's name that its text may quote."""
+    if not isinstance(error, msgspec.ValidationError):
+        return MalformedBody()
+    text = str(error)
+    # The name could hold anything, even what looks like the end of the message: nothing of this one is kept.
+    return InvalidField("the body has an unknown field" if "unknown field" in text else text)
 
 
 def _declared(body: bytes | msgspec.Raw) -> int:
@@ -304,15 +321,16 @@ def _refuse_json_duplicates(body: bytes) -> None:
     """Look closely at an item whose quotes don't add up.
 
     Without a backslash in the body each quote begins or ends a string, and each string is a field's name or
-    its value. A field given twice brings at least two quotes more than the decoded message accounts for, so
-    an equal count proves that there is none; an unequal one (a null, say) brings us here.
+    its value. A field given twice brings at least two quotes more than the decoded message accounts for, and
+    nothing brings fewer, so an equal count proves that there is none; an unequal one brings us here.
     """
 
     def check(pairs: list[tuple[str, object]]) -> None:
         if len({name for name, _ in pairs}) != len(pairs):
             raise DuplicateField
 
-    json.loads(body, object_pairs_hook=check)
+    # Numbers stay text: Python refuses to convert one of thousands of digits.
+    json.loads(body, object_pairs_hook=check, parse_int=str)
 
 
 def _json_names(body: bytes) -> int:
@@ -323,5 +341,5 @@ def _json_names(body: bytes) -> int:
         nonlocal found
         found = len(pairs)  # the outermost object is the last one to be finished
 
-    json.loads(body, object_pairs_hook=count)
+    json.loads(body, object_pairs_hook=count, parse_int=str)
     return found

@@ -47,8 +47,7 @@ class RedisStore:
 async def open_store(settings: StoreSettings, *, observer: StoreObserver | None = None) -> RedisStore:
     """Return the store that the settings name, after one check of it; belongs to the running event loop.
 
-    A store that is away is no error: calls raise StoreUnavailable until it is back, and ``health.status`` says
-    so.
+    A store that is away is no error: calls raise StoreUnavailable until it is back, and the status says so.
 
     Raises:
         SettingsInvalid: The URL can't be parsed.

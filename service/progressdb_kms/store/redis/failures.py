@@ -88,24 +88,18 @@ def translate(reply: object) -> Failure | None:
 
 def lost(error: BaseException, where: Endpoint) -> Failure:
     """Return the failure of everything that was under way on a connection that broke with ``error``."""
-    if isinstance(error, AuthenticationError):
-        code = str(getattr(error, "status_code", None))
-        return Failure(StoreUnavailable(_NEVER.get(code, _NEVER["WRONGPASS"])))
     cause: BaseException | None = error
     while cause is not None:
+        if isinstance(cause, AuthenticationError):
+            code = str(getattr(cause, "status_code", None))
+            return Failure(StoreUnavailable(_NEVER.get(code, _NEVER["WRONGPASS"])))
         if isinstance(cause, ssl.SSLError):
             reason = getattr(cause, "verify_message", "") or (cause.reason or "handshake failed").lower()
-            return Failure(
-                StoreUnavailable(f"TLS with the store at {where} failed: {reason}; check store.tls"),
-                Again.SOON,
-            )
+            detail = f"TLS with the store at {where} failed: {reason}; check store.tls"
+            return Failure(StoreUnavailable(detail), Again.SOON)
+        if getattr(cause, "status_code", None) and (failure := translate(cause)):
+            return failure
         cause = cause.__cause__ or cause.__context__
-    if (
-        (failure := translate(error))
-        and isinstance(error, RedisError)
-        and getattr(error, "status_code", None)
-    ):
-        return failure
     return Failure(StoreUnavailable(f"the store at {where} does not answer"), Again.SOON)
 
 

@@ -23,7 +23,7 @@ from progressdb_kms.store.redis.link import Command, Link, Reply
 BATCH: Final = 512
 """Most commands in one write: bounds what one lost answer leaves in doubt, and how long others wait."""
 
-_MOVED_AWAY: Final = Failure(StoreUnavailable("the connection to the store was closed"), Again.SOON)
+_CLOSED: Final = Failure(StoreUnavailable("the connection to the store was closed"), Again.SOON)
 
 
 class StoreObserver(Protocol):
@@ -91,7 +91,7 @@ class Lane:
         """
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         if self._closed:
-            future.set_result(_MOVED_AWAY)
+            future.set_result(_CLOSED)
             return future
         self._queue.append((command, asking, future))
         if self._worker is None:
@@ -108,7 +108,7 @@ class Lane:
         while self._queue:
             future = self._queue.popleft()[2]
             if not future.done():
-                future.set_result(_MOVED_AWAY)
+                future.set_result(_CLOSED)
 
     async def _work(self) -> None:
         try:
@@ -143,8 +143,11 @@ class Lane:
             failure = Failure(error, Again.SOON if isinstance(error, StoreUnavailable) else Again.NEVER)
         except (RedisError, OSError, TimeoutError) as error:
             failure = lost(error, self._endpoint)
+        except asyncio.CancelledError:
+            failure = _CLOSED
+            raise
         finally:
-            # Also when cancelled, and when our own code broke: nobody may wait for what will not come.
+            # Also when our own code broke: nobody may wait for what will not come.
             undone = [future for _, _, future in batch if not future.done()]
             if undone:
                 self._observer.failure(self._name)

@@ -9,8 +9,8 @@ from progressdb_kms.domain.errors import InvalidParameter, KeyNotFound
 from progressdb_kms.domain.keys import DekRecord, KeyState, locate, slot_tag
 from progressdb_kms.ports import KeyPage
 from progressdb_kms.store.cursors import decode_cursor, encode_cursor
-from progressdb_kms.store.redis.failures import Failure
-from progressdb_kms.store.redis.node import Node
+from progressdb_kms.store.redis.link import Command
+from progressdb_kms.store.redis.node import Node, parse_info
 from progressdb_kms.store.redis.router import Call, Router, checked
 from progressdb_kms.store.redis.schema import (
     FIELDS,
@@ -74,14 +74,13 @@ async def list_all(router: Router, state: KeyState | None, limit: int, cursor: s
     for _ in range(_STEPS):
         if number >= len(nodes):
             return KeyPage(tuple(records), None)
-        process = await _process(nodes[number])
+        process, following, key_ids = await _scan(nodes[number], scan, limit)
         if run_id and run_id != process:
             # A SCAN cursor means something only to the process that gave it.
             raise InvalidParameter(
                 "the store was restarted or replaced since this cursor was made; start the listing again"
             )
         run_id = process
-        following, key_ids = await _scan(nodes[number], scan, limit)
         found = await _records(router, [key_id for key_id in key_ids if key_id > after])
         found = [record for record in found if state in (None, record.state)]
         wanted = limit - len(records)
@@ -109,7 +108,7 @@ async def any_record(router: Router) -> bool:
     for node in router.topology.primaries():
         scan = 0
         while True:
-            scan, key_ids = await _scan(node, scan, 1000)
+            _, scan, key_ids = await _scan(node, scan, 1000)
             if key_ids:
                 return True
             if scan == 0:
@@ -117,17 +116,15 @@ async def any_record(router: Router) -> bool:
     return False
 
 
-async def _process(node: Node) -> str:
-    finding = node.finding or await node.examine()
-    if isinstance(finding, Failure):
-        raise finding.error
-    return finding.run_id[:12]
-
-
-async def _scan(node: Node, scan: int, count: int) -> tuple[int, list[str]]:
-    command = ("SCAN", scan, "MATCH", RECORD_PATTERN, "COUNT", count)
-    following, keys = checked(await node.reads.submit(command))
-    return int(following), sorted({key_id_of(key) for key in keys})
+async def _scan(node: Node, scan: int, count: int) -> tuple[str, int, list[str]]:
+    """Make one step; return the name of the process that made it, the next step, and the key_ids found."""
+    commands: tuple[Command, ...] = (
+        ("INFO", "server"),
+        ("SCAN", scan, "MATCH", RECORD_PATTERN, "COUNT", count),
+    )
+    info, step = await node.read(commands)
+    following, keys = checked(step)
+    return parse_info(info).get("run_id", "")[:12], int(following), sorted({key_id_of(key) for key in keys})
 
 
 async def _records(router: Router, key_ids: Sequence[str]) -> list[DekRecord]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Final
 
 from redis.exceptions import RedisError
@@ -50,9 +51,17 @@ class Node:
         """The last judgement of its durability."""
         return self._finding
 
+    async def read(self, commands: Sequence[Command]) -> list[Reply | Failure]:
+        """Run commands of this very server, again if the connection had died unnoticed."""
+        for _ in range(2):
+            replies = [await reply for reply in [self.reads.submit(command) for command in commands]]
+            if not any(isinstance(reply, Failure) and reply.again is Again.SOON for reply in replies):
+                break
+        return replies
+
     async def examine(self) -> Finding | Failure:
         """Ask the server now and remember the judgement."""
-        info, config = [await reply for reply in [self.reads.submit(question) for question in _QUESTIONS]]
+        info, config = await self.read(_QUESTIONS)
         try:
             return self._judge(info, config)
         except StoreUnavailable as error:
@@ -104,7 +113,7 @@ class Node:
         for reply in (info, config):
             if isinstance(reply, Failure) and not reply.refused:
                 raise reply.error
-        facts = NodeFacts(_parse_info(info), _parse_config(config))
+        facts = NodeFacts(parse_info(info), _parse_config(config))
         if self._promotable and not facts.primary:
             raise StoreUnavailable("the store's node is a replica now; a failover is under way")
         self._finding = assess(facts, self._settings, promotable=self._promotable)
@@ -114,15 +123,18 @@ class Node:
     def _confirmation(self, finding: Finding | None) -> Confirmation | None:
         replicas = self._settings.min_replicas
         wait = self._settings.wait_timeout
-        if finding is not None and finding.wait_aof:
-            wait = min(max(wait, _FSYNC_PATIENCE), 0.9 * self._settings.command_timeout)
+        if finding is not None and finding.confirms:
+            if finding.slow:
+                wait = max(wait, _FSYNC_PATIENCE)
+            wait = min(wait, 0.9 * self._settings.command_timeout)
             return Confirmation(("WAITAOF", 1, replicas, int(wait * 1000)), (1, replicas))
         if replicas:
             return Confirmation(("WAIT", replicas, int(wait * 1000)), (replicas,))
         return None
 
 
-def _parse_info(reply: Reply) -> dict[str, str]:
+def parse_info(reply: Reply) -> dict[str, str]:
+    """Return what INFO said, by name; nothing where it is refused."""
     if not isinstance(reply, bytes):
         return {}
     lines = (

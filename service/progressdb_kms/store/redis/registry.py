@@ -11,7 +11,7 @@ from progressdb_kms.ports import RegistryView
 from progressdb_kms.store.redis import scripts
 from progressdb_kms.store.redis.link import Reply
 from progressdb_kms.store.redis.listing import any_record
-from progressdb_kms.store.redis.router import Call, Router, checked, script_call
+from progressdb_kms.store.redis.router import Call, Router, script_call
 from progressdb_kms.store.redis.schema import (
     CONTROL,
     KEKS_KEY,
@@ -35,18 +35,16 @@ class RedisRegistry:
         Raises:
             RegistryLost: There are keys but no registry, or it can't be read by this release.
         """
-        replies = await self._router.read(
-            [Call(CONTROL, ("HGETALL", SCHEMA_KEY)), Call(CONTROL, ("HGETALL", KEKS_KEY))]
-        )
-        schema, keks = (_mapping(checked(reply)) for reply in replies)
-        if not schema and not keks:
-            if await any_record(self._router):
+        view = await self._read()
+        if view is None and await any_record(self._router):
+            # Another instance may have made the registry and the first keys since: look again.
+            view = await self._read()
+            if view is None:
                 raise RegistryLost(
                     "the store holds keys but not the registry of the KEKs that wrap them: restore the whole "
                     "store from a backup, or point store.url at the right one"
                 )
-            return None
-        return _view(schema, keks)
+        return view
 
     async def initialise(self, kek: KekInfo) -> RegistryView:
         """Make the registry with one active version, unless there is one; return what is there after.
@@ -73,6 +71,11 @@ class RedisRegistry:
             raise RegistryLost("the registry of KEKs vanished while it was read")
         return view
 
+    async def _read(self) -> RegistryView | None:
+        call = script_call(CONTROL, scripts.READ_REGISTRY, (SCHEMA_KEY, KEKS_KEY))
+        schema, keks = (_mapping(part) for part in await self._router.read_one(call))
+        return _view(schema, keks) if schema or keks else None
+
     async def reserve_wraps(self, version: int, count: int) -> int:
         """Add to the wrap count of a KEK version and return the new total.
 
@@ -98,8 +101,8 @@ def _view(schema: dict[bytes, bytes], keks: dict[bytes, bytes]) -> RegistryView:
             return RegistryView(schema[b"store_id"].decode(), known, int(keks[b"active"]), int(keks[b"rev"]))
     except (ValueError, KeyError, TypeError):
         raise RegistryLost(
-            "the registry of KEKs is damaged: restore the whole store from a backup, or point store.url at the "
-            "right one"
+            "the registry of KEKs is damaged: restore the whole store from a backup, or point store.url at "
+            "the right one"
         ) from None
     raise RegistryLost(
         f"the store has schema {version}, of a newer release; this one reads up to {SCHEMA_VERSION}: upgrade"

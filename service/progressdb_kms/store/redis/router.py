@@ -72,7 +72,7 @@ class Router:
 
     async def write(self, calls: Sequence[Call]) -> list[Reply | Failure]:
         """Run calls that change something; each is safe to repeat. What returns normally is durable."""
-        slow = any(node.finding is not None and node.finding.wait_aof for node in self.topology.primaries())
+        slow = any(node.finding is not None and node.finding.slow for node in self.topology.primaries())
         return await self._run(
             calls, durable=True, seconds=self._settings.command_timeout + FSYNC_PERIOD * slow
         )
@@ -121,9 +121,12 @@ class Router:
             async with asyncio.timeout_at(deadline):
                 await self.topology.ready()
         except (StoreUnavailable, TimeoutError) as error:
-            known = error if isinstance(error, StoreUnavailable) else _late()
+            failure = Failure(
+                error if isinstance(error, StoreUnavailable) else _late(),
+                Again.NEVER if self.topology.closed else Again.SOON,
+            )
             for attempt in attempts:
-                attempt.reply = Failure(known, Again.SOON)
+                attempt.reply = failure
             return
         futures = [self._submit(attempt, durable=durable) for attempt in attempts]
         if len(futures) == 1 and futures[0].done():

@@ -157,6 +157,8 @@ def decode_heartbeat(entry: bytes) -> Heartbeat:
     return Heartbeat(**members)
 
 
-def _known(kind: type[Any], members: dict[str, Any]) -> dict[str, Any]:
+def _known(kind: type[Any], members: object) -> dict[str, Any]:
+    if not isinstance(members, dict):
+        raise TypeError("not an object")
     names = {field.name for field in fields(kind)}
     return {name: value for name, value in members.items() if name in names}

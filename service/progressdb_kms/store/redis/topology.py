@@ -36,6 +36,7 @@ class Topology(ABC):
         self._settings = settings
         self._observer = observer
         self._known = False
+        self.closed = False
         self._discovery: asyncio.Task[StoreUnavailable | None] | None = None
         self._nodes: dict[Endpoint, Node] = {}
 
@@ -61,6 +62,8 @@ class Topology(ABC):
         Raises:
             StoreUnavailable: Nobody who could tell answers.
         """
+        if self.closed:
+            raise StoreUnavailable("the store has been closed")
         if anew:
             self._known = False
         if self._known:
@@ -82,7 +85,8 @@ class Topology(ABC):
         return self._nodes[endpoint]
 
     async def close(self) -> None:
-        """Close all nodes."""
+        """Close all nodes, for good."""
+        self.closed = True
         if self._discovery is not None:
             self._discovery.cancel()
             await asyncio.wait([self._discovery])

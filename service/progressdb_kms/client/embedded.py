@@ -1,0 +1,400 @@
+"""The provider without a service: the same use cases over a store in this process's memory.
+
+For development and tests. Keys end with the provider, nothing is audited, and whoever can read the process's
+memory can read the KEK; a service keeps both away from the server that uses it. The only module of the client
+that needs more than the base wheel: ``pip install progressdb-kms[embedded]``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import os
+import threading
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from typing import Any, Final, TypeVar
+
+import msgspec
+
+from progressdb_kms.client.errors import ProviderClosed
+from progressdb_kms.client.exchange import Options
+from progressdb_kms.client.protocol import Call, binary
+from progressdb_kms.client.senders import SenderProvider, SyncSenderProvider
+from progressdb_kms.client.types import Encrypted
+from progressdb_kms.domain.envelope import NONCE_BYTES, parse_blob, unwrap, wrap, wrap_aad
+from progressdb_kms.domain.errors import KmsError, WrappedKeyInvalid
+from progressdb_kms.domain.identity import Identity, IdentityKind
+from progressdb_kms.domain.keyring import KEK_BYTES, Keyring
+from progressdb_kms.domain.keys import DEK_BYTES, DekRecord
+from progressdb_kms.domain.policy import parse_policy
+from progressdb_kms.ports import AuditEvent
+from progressdb_kms.store.memory import MemoryStore
+from progressdb_kms.usecases import lifecycle
+from progressdb_kms.usecases.context import Kms, boottime
+from progressdb_kms.usecases.encryption import Hot, failed
+from progressdb_kms.usecases.keks import KekBook
+from progressdb_kms.usecases.keycache import DekCache
+from progressdb_kms.usecases.lifecycle import Wanted
+from progressdb_kms.usecases.loading import Loader
+from progressdb_kms.usecases.messages import (
+    MSGPACK,
+    BatchReader,
+    CreatedDek,
+    CreateItem,
+    CreateRequest,
+    Reader,
+    Results,
+    WrappedDek,
+    encode,
+)
+from progressdb_kms.usecases.session import PolicyBook, Session
+
+T = TypeVar("T")
+
+_PERMISSIONS: Final = ["key:create", "key:encrypt", "key:decrypt", "key:read"]
+_UNNAMED: Final = ("", "")
+"""Names that a wrap of a caller's own DEK binds. No stored record has an empty key_id, so neither kind of
+blob can pass for the other."""
+_CREATE: Final = Reader(CreateRequest)
+_CREATE_BATCH: Final = BatchReader(CreateItem)
+
+_log: Final = logging.getLogger("progressdb_kms.client")
+
+
+class MemoryKek:
+    """A ``ports.KekSource`` with one version, which this process holds.
+
+    Args:
+        key: 32 bytes.
+    """
+
+    name = "memory"
+
+    def __init__(self, key: bytes) -> None:
+        self._keyring = Keyring({1: key})
+
+    def versions(self) -> frozenset[int]:
+        """Return the one version."""
+        return self._keyring.versions
+
+    def source_key(self, version: int) -> str:
+        """Return the version's name: its number."""
+        return str(version)
+
+    async def check_value(self, version: int) -> str:
+        """Return ``domain.keyring.check_value`` of the version."""
+        return self._keyring.check_value(version)
+
+    async def matches(self, version: int, check_value: str) -> bool:
+        """Say whether the key has this check value."""
+        return hmac.compare_digest(self._keyring.check_value(version), check_value)
+
+    async def wrap(self, version: int, deks: Sequence[bytes], aads: Sequence[bytes]) -> list[bytes]:
+        """Wrap raw DEKs, each under a fresh random nonce, and return the bodies."""
+        cipher = self._keyring.cipher(version)
+        return [wrap(cipher, os.urandom(NONCE_BYTES), dek, aad) for dek, aad in zip(deks, aads, strict=True)]
+
+    async def unwrap(
+        self, version: int, bodies: Sequence[bytes], aads: Sequence[bytes]
+    ) -> list[bytes | KmsError]:
+        """Return the raw DEKs; WrappedKeyInvalid in the place of one that does not unwrap."""
+        cipher = self._keyring.cipher(version)
+        results: list[bytes | KmsError] = []
+        for body, aad in zip(bodies, aads, strict=True):
+            try:
+                results.append(unwrap(cipher, body, aad))
+            except WrappedKeyInvalid as error:
+                results.append(error)
+        return results
+
+
+class _Silent:
+    """Audit log and observer of a provider that has neither."""
+
+    async def record(self, events: Sequence[AuditEvent]) -> None:
+        """Write nothing."""
+
+    def dek_uses(self, operation: str, count: int) -> None:
+        """Count nothing."""
+
+    def cache(self, outcome: str, count: int = 1) -> None:
+        """Count nothing."""
+
+    def uses_warning(self, kind: str) -> None:
+        """Count nothing."""
+
+    def wrapped_key_invalid(self) -> None:
+        """Count nothing."""
+
+
+class EmbeddedSender:
+    """Answers calls in the process.
+
+    Belongs to the event loop that first uses it. It runs nothing in the background: without reads of change
+    notices the key cache vouches for nothing, so that each call asks the store, which is no further away.
+
+    Args:
+        master_key: The KEK, 32 bytes; None makes a random one.
+    """
+
+    def __init__(self, master_key: bytes | None = None) -> None:
+        key = os.urandom(KEK_BYTES) if master_key is None else binary("master_key", master_key)
+        store, silent = MemoryStore(), _Silent()
+        identity = Identity(IdentityKind.UID, str(os.getuid()))
+        policy = parse_policy({"rules": [{"identities": [str(identity)], "permissions": _PERMISSIONS}]})
+        self._store = store
+        self._keks = KekBook(source=MemoryKek(key), registry=store, observer=silent)
+        self._kms = Kms(
+            store=store,
+            keks=self._keks,
+            cache=DekCache(max_keys=1, ttl=1, max_stale=0, clock=boottime),
+            audit=silent,
+            observer=silent,
+            policies=PolicyBook(policy, "embedded"),
+        )
+        self._session = Session(identity, self._kms.policies, time.time)
+        self._loader = Loader(self._kms)
+        hot = Hot(self._kms)
+        self._hot = {
+            "/encrypt": hot.encrypt,
+            "/decrypt": hot.decrypt,
+            "/encrypt_batch": hot.encrypt_batch,
+            "/decrypt_batch": hot.decrypt_batch,
+        }
+        self._routes: Mapping[str, Callable[[Call[Any], bytes], Awaitable[bytes]]] = {
+            **dict.fromkeys(self._hot, self._run_hot),
+            "/create_dek_for_thread": self._create,
+            "/create_dek_batch": self._create_batch,
+            "/get_wrapped": self._get_wrapped,
+            "/healthz": self._health,
+        }
+        self._starting = asyncio.Lock()
+        self._started = False
+        self._closed = False
+        _log.warning("embedded KMS: keys are held in this process's memory only; for development and tests")
+
+    async def send(self, call: Call[T], options: Options) -> T:  # noqa: ARG002 - nothing here takes long
+        """Answer a call.
+
+        Raises:
+            KmsError: As a service would answer.
+            ProviderClosed: After ``close``.
+        """
+        await self.start()
+        answer = await self._routes[call.path](call, msgspec.msgpack.encode(call.body))
+        if call.answer is bytes:
+            return answer  # type: ignore[return-value] # T is bytes here, which a checker can't see
+        return msgspec.msgpack.decode(answer, type=call.answer)
+
+    async def start(self) -> None:
+        """Make the KEK registry, once.
+
+        Raises:
+            ProviderClosed: After ``close``.
+        """
+        if self._closed:
+            raise ProviderClosed
+        async with self._starting:
+            if not self._started:
+                await self._keks.start(time.time())
+                self._started = True
+
+    async def close(self) -> None:
+        """Forget all keys."""
+        self._closed = True
+        await self._store.close()
+
+    async def wrap(self, dek: bytes) -> bytes:
+        """Wrap a caller's own DEK."""
+        await self.start()
+        _, _, (blob,) = await self._keks.wrap([dek], [_UNNAMED])
+        return blob
+
+    async def unwrap(self, wrapped: bytes) -> bytes:
+        """Unwrap what ``wrap`` made."""
+        await self.start()
+        blob = parse_blob(wrapped)
+        (dek,) = await self._keks.unwrap(blob.kek_version, [blob.body], [wrap_aad(*_UNNAMED)])
+        if isinstance(dek, KmsError):
+            raise dek
+        return dek
+
+    async def _run_hot(self, call: Call[Any], body: bytes) -> bytes:
+        hot = self._hot[call.path]
+        answer = await self._loader.answer(hot, self._session, MSGPACK, MSGPACK, body)
+        # A service counts uses in the background; here there is none.
+        await self._store.reserve_uses(self._kms.cache.take_owed())
+        return answer
+
+    async def _create(self, call: Call[Any], body: bytes) -> bytes:
+        request = _CREATE.read(MSGPACK, body)
+        wanted = Wanted(request.thread_id, call.idempotency_key)
+        (result,) = await lifecycle.create_deks(self._kms, self._session, [wanted], "")
+        if isinstance(result, KmsError):
+            raise result
+        return encode(MSGPACK, _created(result))
+
+    async def _create_batch(self, _: Call[Any], body: bytes) -> bytes:
+        wanted = [
+            item if isinstance(item, KmsError) else Wanted(item.thread_id, _given(item.idempotency_key))
+            for item in _CREATE_BATCH.read(MSGPACK, body, self._kms.bounds.batch_items)
+        ]
+        results = await lifecycle.create_deks(self._kms, self._session, wanted, "")
+        return encode(
+            MSGPACK,
+            Results(
+                [failed(result) if isinstance(result, KmsError) else _created(result) for result in results]
+            ),
+        )
+
+    async def _get_wrapped(self, call: Call[Any], _: bytes) -> bytes:
+        record = await lifecycle.get_wrapped(self._kms, self._session, call.query["key_id"])
+        return encode(MSGPACK, WrappedDek(record.wrapped, record.kek_id, str(record.kek_version)))
+
+    async def _health(self, _: Call[Any], __: bytes) -> bytes:
+        return b'{"status": "ok"}'
+
+
+def _created(record: DekRecord) -> CreatedDek:
+    return CreatedDek(
+        record.key_id, record.wrapped, record.kek_id, str(record.kek_version), str(record.version)
+    )
+
+
+def _given(key: str | msgspec.UnsetType | None) -> str | None:
+    return None if key is msgspec.UNSET else key
+
+
+def _raw_dek(dek: bytes) -> bytes:
+    if len(binary("dek", dek)) != DEK_BYTES:
+        raise ValueError(f"a DEK is {DEK_BYTES} bytes")
+    return bytes(dek)
+
+
+def _unnamed_thread() -> str:
+    return f"unnamed-{uuid.uuid4()}"
+
+
+class EmbeddedProvider(SenderProvider):
+    """A ``KmsProvider`` that needs no service, with the generic methods besides.
+
+    Args:
+        master_key: The KEK, 32 bytes, for who wants ``unwrap_dek`` to work in a later process; None makes a
+            random one. Keys made by ``create_dek`` and ``create_dek_for_thread`` end with the provider.
+    """
+
+    def __init__(self, master_key: bytes | None = None) -> None:
+        self._embedded = EmbeddedSender(master_key)
+        super().__init__(self._embedded, "msgpack")
+
+    async def create_dek(self) -> tuple[str, bytes]:
+        """Make a DEK that belongs to no thread, and return its id and the wrapped DEK."""
+        dek = await self.create_dek_for_thread(_unnamed_thread())
+        return dek.key_id, dek.wrapped
+
+    async def encrypt(self, dek_id: str, plaintext: bytes, aad: bytes | None = None) -> Encrypted:
+        """Do what ``encrypt_with_dek`` does, for an id of ``create_dek``."""
+        return await self.encrypt_with_dek(dek_id, plaintext, aad)
+
+    async def decrypt(self, dek_id: str, ciphertext: bytes, aad: bytes | None = None) -> bytes:
+        """Do what ``decrypt_with_dek`` does, for an id of ``create_dek``."""
+        return await self.decrypt_with_dek(dek_id, ciphertext, aad)
+
+    async def wrap_dek(self, dek: bytes) -> bytes:
+        """Wrap a raw DEK that the caller holds (32 bytes) under the KEK; the provider does not keep it.
+
+        Raises:
+            ValueError: It is not 32 bytes.
+        """
+        return await self._embedded.wrap(_raw_dek(dek))
+
+    async def unwrap_dek(self, wrapped: bytes) -> bytes:
+        """Return the raw DEK that ``wrap_dek`` wrapped. What ``create_dek`` made stays inside.
+
+        Raises:
+            WrappedKeyInvalid: Made under another KEK, or by another method, or changed since.
+            KekUnavailable: Made under a KEK version that this provider does not have.
+        """
+        return await self._embedded.unwrap(binary("wrapped", wrapped))
+
+
+class _LoopThread:
+    """An event loop of its own, so that the caller's thread needs none and may have one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine there and return its result."""
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                self._thread = threading.Thread(
+                    target=self._loop.run_forever, name="embedded-kms", daemon=True
+                )
+                self._thread.start()
+            loop = self._loop
+        return asyncio.run_coroutine_threadsafe(work, loop).result()
+
+    def stop(self) -> None:
+        """End the thread."""
+        with self._lock:
+            loop, thread, self._loop, self._thread = self._loop, self._thread, None, None
+        if loop is not None and thread is not None:
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
+            loop.close()
+
+
+class _SyncSender:
+    def __init__(self, sender: EmbeddedSender) -> None:
+        self._sender = sender
+        self.thread = _LoopThread()
+
+    def send(self, call: Call[T], options: Options) -> T:
+        """Answer a call."""
+        return self.thread.run(self._sender.send(call, options))
+
+    def close(self) -> None:
+        """Forget all keys, and end the thread."""
+        self.thread.run(self._sender.close())
+        self.thread.stop()
+
+
+class SyncEmbeddedProvider(SyncSenderProvider):
+    """``EmbeddedProvider`` without an event loop of the caller's; it has a thread for one.
+
+    Args:
+        master_key: As for ``EmbeddedProvider``.
+    """
+
+    def __init__(self, master_key: bytes | None = None) -> None:
+        self._embedded = EmbeddedSender(master_key)
+        self._sync = _SyncSender(self._embedded)
+        super().__init__(self._sync, "msgpack")
+
+    def create_dek(self) -> tuple[str, bytes]:
+        """As ``EmbeddedProvider.create_dek``."""
+        dek = self.create_dek_for_thread(_unnamed_thread())
+        return dek.key_id, dek.wrapped
+
+    def encrypt(self, dek_id: str, plaintext: bytes, aad: bytes | None = None) -> Encrypted:
+        """As ``EmbeddedProvider.encrypt``."""
+        return self.encrypt_with_dek(dek_id, plaintext, aad)
+
+    def decrypt(self, dek_id: str, ciphertext: bytes, aad: bytes | None = None) -> bytes:
+        """As ``EmbeddedProvider.decrypt``."""
+        return self.decrypt_with_dek(dek_id, ciphertext, aad)
+
+    def wrap_dek(self, dek: bytes) -> bytes:
+        """As ``EmbeddedProvider.wrap_dek``."""
+        return self._sync.thread.run(self._embedded.wrap(_raw_dek(dek)))
+
+    def unwrap_dek(self, wrapped: bytes) -> bytes:
+        """As ``EmbeddedProvider.unwrap_dek``."""
+        return self._sync.thread.run(self._embedded.unwrap(binary("wrapped", wrapped)))
