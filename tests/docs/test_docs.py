@@ -64,7 +64,9 @@ def test_configuration_of_the_readme_is_valid():
     assert len(parse_policy(policy).rules) == 2
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/configuration.md", "docs/operations.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/configuration.md", "docs/operations.md", "CONTRIBUTING.md"]
+)
 def test_commands_in_the_documents_exist(name):
     """Every `progressdb-kms ...` that a document shows is a command with those options."""
     text = (ROOT / name).read_text()
