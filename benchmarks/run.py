@@ -125,8 +125,8 @@ def service() -> Iterator[dict[str, Any]]:
 def pin(pid: int, core: int) -> None:
     """Keep all threads of a process on one core, where the machine has two."""
     if (os.cpu_count() or 1) > 1:
-        for thread in os.listdir(f"/proc/{pid}/task"):
-            os.sched_setaffinity(int(thread), {core})
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            os.sched_setaffinity(int(thread.name), {core})
 
 
 def write_bodies(ready: dict[str, Any], directory: Path) -> dict[str, tuple[str, Path]]:
@@ -200,8 +200,9 @@ def print_table(samples: list[Sample]) -> None:
         cpu, p50, p99 = (
             statistics.median(getattr(s, name) for s in group) for name in ("cpu_us", "p50_us", "p99_us")
         )
+        spread = f"{min(rates):,.0f} to {max(rates):,.0f}"
         print(
-            f"| {operation} | {connections} | {statistics.median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f})"
+            f"| {operation} | {connections} | {statistics.median(rates):,.0f} ({spread})"
             f" | {cpu:.0f} | {p50:,.0f} | {p99:,.0f} | {sum(s.failed for s in group)} |"
         )
 

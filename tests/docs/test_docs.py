@@ -85,9 +85,12 @@ def test_links_lead_somewhere():
     """Relative links of all documents point at files that exist."""
     broken = []
     for document in [*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text()):
-            if not (document.parent / target).exists():
-                broken.append(f"{document.relative_to(ROOT)}: {target}")
+        targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text())
+        broken += [
+            f"{document.relative_to(ROOT)}: {target}"
+            for target in targets
+            if not (document.parent / target).exists()
+        ]
     assert not broken
 
 

@@ -59,6 +59,8 @@ class Api:
 def create_app(api: Api) -> Quart:
     """Build the ASGI app. It takes the caller's session from ``scope["state"]["kms.session"]``."""
     app = Quart("progressdb_kms", static_folder=None)
+    # A path with // is no route: mended, it would be a redirect in HTML to whatever the Host header says.
+    app.url_map.merge_slashes = False
     # Hypercorn hands on pieces as they come; Quart refuses what goes over the largest limit of all, and the
     # dispatcher what goes over the route's own.
     app.config["MAX_CONTENT_LENGTH"] = max(api.limits.body_bytes, api.limits.batch_body_bytes)
