@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 from quart import Quart, Response, request
-from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, RequestEntityTooLarge
+from werkzeug.exceptions import (
+    HTTPException,
+    InternalServerError,
+    MethodNotAllowed,
+    NotFound,
+    RequestEntityTooLarge,
+)
 
 from progressdb_kms.api.openapi import openapi_document
 from progressdb_kms.api.problems import problem_of, status_of
@@ -131,6 +137,10 @@ def _unmatched(api: Api) -> Callable[[HTTPException], Awaitable[Response]]:
                 raise errors.MethodNotAllowed
             if isinstance(error, RequestEntityTooLarge):
                 raise errors.BodyTooLarge
+            if isinstance(
+                error, InternalServerError
+            ):  # Quart's, for what failed outside the handlers' own net
+                raise errors.InternalError
             raise errors.InvalidHeader
 
         response = await _answered(api, _UNMATCHED, respond)
