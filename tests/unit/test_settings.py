@@ -130,10 +130,13 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         load_settings(tmp_path / "missing.yaml")
     file = tmp_path / "kms.yaml"
     file.write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(SettingsInvalid, match="not UTF-8"):
+    with pytest.raises(SettingsInvalid, match="not valid YAML"):
         load_settings(file)
     file.write_text("a: 1\nb: [")
     with pytest.raises(SettingsInvalid, match="not valid YAML at line 2"):
+        load_settings(file)
+    file.write_text("a: 1\nb: 2\na: 3")
+    with pytest.raises(SettingsInvalid, match="not valid YAML at line 3: a key is given twice"):
         load_settings(file)
     file.write_text("a: !!python/object:os.system x")
     with pytest.raises(SettingsInvalid, match="not valid YAML"):

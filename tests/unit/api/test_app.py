@@ -214,11 +214,12 @@ async def test_who_has_no_grant_is_refused_before_the_body_is_read(service: Serv
     answer = await service("stranger").refused(403, "permission_denied", route.method, path, body)
     assert (answer["permission"], answer["identity"]) == (route.permission, "dns:stranger")
     assert not service.world.store.calls
+    await service.world.kms.refusals.write()
     (event,) = service.world.trail.events
     assert (event.action, event.identity, event.detail) == (
         "refused",
         "dns:stranger",
-        f"{route.permission} {route.path}",
+        f"{route.permission} {route.path} count=1",
     )
 
 
@@ -368,15 +369,15 @@ async def test_a_bug_leaks_nothing(service: Service, monkeypatch: pytest.MonkeyP
     assert service.counted[-1]["code"] == "internal_error"
 
 
-async def test_a_refusal_that_cannot_be_audited_is_an_internal_error(
+async def test_a_refusal_that_cannot_be_noted_is_an_internal_error(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What fails while a problem is being answered is a problem too, and no fault of the caller's."""
 
-    async def broken(_events: Any) -> None:
+    def broken(*_: Any) -> None:
         raise BrokenPipeError(SECRET)
 
-    monkeypatch.setattr(service.world.trail, "record", broken)
+    monkeypatch.setattr("progressdb_kms.usecases.refusals.RefusalLog.note", broken)
     answer = await service("stranger").refused(500, "internal_error", "GET", "/v1/keys")
     assert SECRET not in str(answer)
 

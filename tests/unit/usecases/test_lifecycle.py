@@ -12,7 +12,6 @@ from progressdb_kms.domain import errors
 from progressdb_kms.domain.envelope import parse_blob
 from progressdb_kms.domain.keyring import KekInfo, KekState, kek_id_of
 from progressdb_kms.domain.keys import DekRecord, KeyState, StateChange, locate, slot_tag
-from progressdb_kms.usecases import lifecycle
 from progressdb_kms.usecases.context import Bounds
 from progressdb_kms.usecases.lifecycle import (
     DAY,
@@ -21,6 +20,7 @@ from progressdb_kms.usecases.lifecycle import (
     create_deks,
     get_key,
     get_wrapped,
+    list_keys,
     rewrap,
 )
 from tests.unit.helpers import World, make_world, write_keks
@@ -186,7 +186,7 @@ async def test_listing_shows_what_may_be_read(world: World) -> None:
     mine, theirs = await create(world, "room:1"), await create(world, "mail:1")
 
     async def listed(name: str, thread_id: str | None = None) -> set[str]:
-        page = await lifecycle.list_keys(
+        page = await list_keys(
             world.kms, world.session(name), thread_id=thread_id, state=None, limit=100, cursor=None
         )
         return {record.key_id for record in page.records}
@@ -291,7 +291,7 @@ async def test_rewrap_keeps_the_key(world: World) -> None:
     assert after.kek_version == 2
     assert parse_blob(after.wrapped).kek_version == 2
     assert (after.uses, after.version, after.created_by) == (before.uses, before.version, before.created_by)
-    assert world.trail.said() == [("key.rewrap", "ok")]
+    assert world.trail.said() == [("key.rewrap", "intent"), ("key.rewrap", "ok")]
     world.cache.restart()
     assert base64.b64decode((await world.decrypt(key_id, sealed))["plaintext"]) == b"hi"
 
@@ -373,12 +373,56 @@ async def test_rewrap_under_a_stale_kek_learns_the_new_one(
 
 
 async def test_a_refusal_is_written_down(world: World) -> None:
-    """Who, which permission, where."""
+    """Who, which permission, where and how often: one record however many there were."""
     error = errors.PermissionDenied("key:read", "dns:server")
-    await lifecycle.record_refusal(world.kms, world.session(), error, "/v1/keys", "r9")
+    for request_id in ("r9", "r10"):
+        world.kms.refusals.note(error, "/v1/keys", request_id)
+    await world.kms.refusals.write()
+    await world.kms.refusals.write()
     (event,) = world.trail.events
     assert (event.action, event.outcome, event.identity) == ("refused", "refused", "dns:server")
-    assert (event.request_id, event.detail) == ("r9", "key:read /v1/keys")
+    assert (event.request_id, event.detail) == ("r9", "key:read /v1/keys count=2")
+
+
+async def test_refusals_inside_a_batch_are_written_down(world: World) -> None:
+    """An item that is refused for want of a permission is a refusal like any other."""
+    key_id = await world.key("other:1")
+    body = {"items": [{"key_id": key_id, "plaintext": ""}] * 3}
+    answer = await world.answer(world.hot.encrypt_batch, body, "room")
+    assert [item["error"]["code"] for item in answer["results"]] == ["permission_denied"] * 3
+    world.trail.events.clear()
+    await world.kms.refusals.write()
+    (event,) = world.trail.events
+    assert (event.identity, event.detail) == ("dns:room", "key:encrypt /encrypt_batch count=3")
+
+
+async def test_what_was_made_is_audited_though_the_rest_failed(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A registry that can't be read in the middle of a batch does not hide the keys that exist."""
+    real = world.store.create
+
+    async def half(deks):
+        (first,) = await real(deks[:1])
+        return [first, errors.StaleKek()]
+
+    async def away():
+        raise errors.StoreUnavailable
+
+    monkeypatch.setattr(world.store, "create", half)
+    monkeypatch.setattr(world.kms.keks, "refresh", away)
+    wanted = [Wanted("room:1"), Wanted("room:2")]
+    first, second = await create_deks(world.kms, world.session(), wanted, "r")
+    assert isinstance(first, DekRecord)
+    assert isinstance(second, errors.StaleKek)
+    assert [event.key_id for event in world.trail.events] == [first.key_id]
+
+
+async def test_a_replay_is_audited_as_one(world: World) -> None:
+    """The log tells a new key from one that was found again."""
+    for _ in range(2):
+        await create_deks(world.kms, world.session(), [Wanted("room:1", "again")], "r")
+    assert [event.detail for event in world.trail.events] == ["", "replay"]
 
 
 async def test_bounds_come_from_the_caller(tmp_path: Any) -> None:

@@ -168,3 +168,24 @@ async def test_a_failing_task_goes_on_and_complains_once(
     await until(lambda: len(calls) > 21)
     assert said.count("the registry is lost") == 1
     assert "has gone" in world.keks.problem
+
+
+async def test_a_bug_does_not_end_the_upkeep(
+    world: World, running: Upkeep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error that nobody expects is logged, and the work goes on from a safe state."""
+    key_id = await world.key()
+    real = world.store.changes
+
+    async def broken(cursor: str | None, wait: float) -> Changes:
+        monkeypatch.setattr(world.store, "changes", real)
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(upkeep, "PAUSE_AFTER_BUG", 0.005)
+    monkeypatch.setattr(world.store, "changes", broken)
+    await until(lambda: len(world.cache) == 0)
+    await world.store.change_state(key_id, StateChange.DISABLE, now=0)
+    world.clock.at += 10
+    await until(lambda: world.cache._read_began == world.clock.at)
+    with pytest.raises(errors.KeyDisabled):
+        await world.encrypt(key_id)
