@@ -24,8 +24,8 @@ FSYNC_PERIOD: Final = 1.0
 _OLDEST: Final = (7, 0)
 _WAITAOF_SINCE: Final = (7, 2)
 _WAITAOF_TRUE_SINCE: Final = (8, 0)
-"""Before, and in every Valkey so far, WAITAOF under ``everysec`` answers as soon as the write is in the page cache
-(redis/redis#13793). ``tests/fault`` cuts the power of such a store and finds acknowledged keys missing."""
+"""Before, and in every Valkey so far, WAITAOF under ``everysec`` answers as soon as the write is in the page
+cache (redis/redis#13793). ``tests/fault`` cuts the power of such a store and finds acknowledged keys gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class Finding:
         run_id: Which process was asked.
         confirms: Each batch of writes can be confirmed by WAITAOF, and so it is: also where appendfsync is
             ``always``, for a CONFIG SET may come between two checks. It costs tens of microseconds a batch.
-        slow: That confirmation can take as long as the period of fsyncs.
+        slow: That confirmation can take as long as the period of fsyncs, here or on replicas.
         problems: Why acknowledged keys could be lost and what to change.
         warnings: What an operator should know.
         facts: Findings for people.
@@ -100,7 +100,7 @@ def assess(facts: NodeFacts, settings: StoreSettings, *, promotable: bool) -> Fi
     appendonly = config["appendonly"] if config and "appendonly" in config else _yes(info.get("aof_enabled"))
     policy = info.get("maxmemory_policy") or (config or {}).get("maxmemory-policy", "")
     problems = [
-        *_server_problems(facts),
+        *_server_problems(facts, settings),
         *_aof_problems(facts, appendonly, settings),
         *_replica_problems(facts, settings, promotable=promotable),
     ]
@@ -128,7 +128,7 @@ def assess(facts: NodeFacts, settings: StoreSettings, *, promotable: bool) -> Fi
     return Finding(
         run_id=facts.run_id,
         confirms=confirms,
-        slow=confirms and not always,
+        slow=confirms and (not always or settings.min_replicas > 0),
         problems=tuple(problems),
         warnings=tuple(warnings),
         facts={
@@ -142,8 +142,13 @@ def assess(facts: NodeFacts, settings: StoreSettings, *, promotable: bool) -> Fi
     )
 
 
-def _server_problems(facts: NodeFacts) -> list[str]:
+def _server_problems(facts: NodeFacts, settings: StoreSettings) -> list[str]:
     problems = []
+    if not facts.info and settings.durability != "attested":
+        problems.append(
+            "the store hides INFO, so neither its version nor its role is known: allow INFO, or set "
+            "store.durability attested with a reason"
+        )
     if facts.version and facts.version < _OLDEST:
         problems.append(
             f"the server speaks Redis {facts.info['redis_version']}: use Redis 7.0 or Valkey 7.2 or later"
@@ -184,8 +189,8 @@ def _aof_problems(facts: NodeFacts, appendonly: str, settings: StoreSettings) ->
         )
     elif appendfsync != "always" and not facts.confirms_every_second:
         problems.append(
-            f"appendfsync is {appendfsync} on a server that can't confirm an fsync or does so too early, so a "
-            "power cut loses the last second's keys: set appendfsync always (or use Redis 8.0 or later)"
+            f"appendfsync is {appendfsync} on a server that can't confirm an fsync or does so too early, so "
+            "a power cut loses the last second's keys: set appendfsync always (or use Redis 8.0 or later)"
         )
     if facts.config.get("no-appendfsync-on-rewrite") == "yes":
         problems.append(

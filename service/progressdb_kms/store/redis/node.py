@@ -81,7 +81,7 @@ class Node:
             await link.close()
         else:
             self._idle.append(link)
-        return reply
+        return translate(reply) or reply
 
     async def close(self) -> None:
         """Close all connections; what is under way fails."""

@@ -138,7 +138,14 @@ class Router:
         finally:
             for attempt, future in zip(attempts, futures, strict=True):
                 # Taking it back helps only while it is queued; once sent, its fate is unknown to us.
-                attempt.reply = future.result() if future.done() else Failure(_late())
+                if future.done():
+                    attempt.reply = future.result()
+                else:
+                    # A node that keeps its connections but does not answer may have a successor by now.
+                    self.topology.invalidate()
+                    # Why an earlier try failed says more than that the time is over.
+                    known = attempt.reply.error if isinstance(attempt.reply, Failure) else _late()
+                    attempt.reply = Failure(known)
                 future.cancel()
 
     def _submit(self, attempt: _Attempt, *, durable: bool) -> asyncio.Future[Reply]:
