@@ -88,6 +88,8 @@ async def test_settings_changed_behind_our_back(
     assert (await store.health.check()).problems
     await refusal(store)
     server.configure(**back)
+    # Where the append-only file was off it is made first.
+    until(lambda: "aof_rewrite_in_progress:0" in str(server.ask("INFO", "persistence")))
     assert not (await store.health.check()).problems
     assert isinstance((await store.keys.create([new_dek()]))[0], DekRecord)
 
@@ -99,6 +101,24 @@ async def test_append_only_file_switched_off_between_checks(own_server: Start, o
     assert isinstance((await store.keys.create([new_dek()]))[0], DekRecord)
     server.configure(appendonly="no")
     assert "appendonly is no" in await refusal(store)
+
+
+@pytest.mark.parametrize("kind", ["redis", "valkey"])
+async def test_append_only_file_that_is_being_made(own_server: Start, opened: Open, kind: str) -> None:
+    """Switched on while it runs it says yes at once, but its first rewrite must end to bring keys back."""
+    server = own_server(kind, appendonly="no", rdb_key_save_delay="10000", enable_debug_command="yes")
+    server.ask("DEBUG", "POPULATE", "150")
+    early = await opened(server.url)
+    server.ask("CONFIG", "SET", "appendonly", "yes")
+    late = await opened(server.url)
+    for store in (early, late):
+        assert "is being made" in await refusal(store)
+        assert (await store.health.check()).problems
+    until(lambda: "aof_rewrite_in_progress:0" in str(server.ask("INFO", "persistence")))
+    for store in (early, late):
+        assert not (await store.health.check()).problems
+        (made,) = await store.keys.create([new_dek()])
+        assert isinstance(made, DekRecord)
 
 
 async def test_restart_with_other_settings(own_server: Start, opened: Open) -> None:

@@ -46,6 +46,20 @@ class NodeFacts:
         return self.info.get("run_id", "")
 
     @property
+    def aof_complete(self) -> bool:
+        """Whether no rewrite is under way or due, and the last one was finished."""
+        info = self.info
+        under_way = "1" in {info.get("aof_rewrite_in_progress"), info.get("aof_rewrite_scheduled")}
+        return not under_way and info.get("aof_last_bgrewrite_status", "ok") == "ok"
+
+    @property
+    def appendonly(self) -> str:
+        """``yes``, ``no``, or empty where it is hidden."""
+        if self.config and "appendonly" in self.config:
+            return self.config["appendonly"]
+        return _yes(self.info.get("aof_enabled"))
+
+    @property
     def primary(self) -> bool:
         """Whether it takes writes."""
         return self.info.get("role", "master") == "master"
@@ -88,16 +102,20 @@ class Finding:
     facts: Mapping[str, str] = field(default_factory=dict)
 
 
-def assess(facts: NodeFacts, settings: StoreSettings, *, promotable: bool) -> Finding:
+def assess(
+    facts: NodeFacts, settings: StoreSettings, *, promotable: bool, aof_begun: bool = False
+) -> Finding:
     """Judge a server.
 
     Args:
         facts: What it said.
         settings: What was asked of it.
         promotable: A replica can take its place (Sentinel, Cluster).
+        aof_begun: Its append-only file may have been switched on while it ran, and is not whole yet: until
+            its first rewrite ends nothing that it holds can be loaded again, whatever it says of fsync.
     """
     info, config = facts.info, facts.config
-    appendonly = config["appendonly"] if config and "appendonly" in config else _yes(info.get("aof_enabled"))
+    appendonly = facts.appendonly
     policy = info.get("maxmemory_policy") or (config or {}).get("maxmemory-policy", "")
     problems = [
         *_server_problems(facts, settings),
@@ -108,6 +126,10 @@ def assess(facts: NodeFacts, settings: StoreSettings, *, promotable: bool) -> Fi
         problems.append(
             f"maxmemory-policy is {policy}, so Redis would delete keys when memory is short: "
             "set maxmemory-policy noeviction"
+        )
+    if appendonly == "yes" and aof_begun:
+        problems.append(
+            "the append-only file is being made and would not bring the keys back yet: wait for its rewrite"
         )
     warnings = []
     if info.get("aof_last_bgrewrite_status") == "err":
