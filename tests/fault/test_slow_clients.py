@@ -27,7 +27,7 @@ def service(tmp_path: Path) -> Iterator[DevService]:
 def test_ten_thousand_silent_clients(service: DevService) -> None:
     """They come faster than they are timed out; one with a certificate gets its answers all the while.
 
-    None of them has a certificate, so each costs a handshake that the oldest of the unfinished makes room for.
+    None of them has a certificate: each costs a handshake that the oldest unfinished makes room for.
     """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     assert hard > CLIENTS + 100, "allow more open files to run this test: ulimit -n"
