@@ -11,6 +11,9 @@ Order of the steps, and why:
 5. ``verify``: every record unwraps to the same DEK as its copy; census and records agree.
 6. ``complete``: the manifests are sealed and the report is written.
 
+From any step on, a rotation can be turned back instead (``rollback``, then ``rolled_back``): its target version is
+bad or lost, and the source version becomes the active one again.
+
 Each step may be repeated, and a run after a kill goes on at the step that the record names.
 """
 
@@ -34,6 +37,7 @@ class Step(StrEnum):
     REWRAP = "rewrap"
     VERIFY = "verify"
     COMPLETE = "complete"
+    ROLLBACK = "rollback"
     ROLLED_BACK = "rolled_back"
 
 

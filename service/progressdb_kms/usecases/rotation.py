@@ -9,62 +9,22 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING
 
-import structlog
-
-from progressdb_kms.domain.errors import Fenced, InstancesMissing, KmsError, RotationRefused, StoreUnavailable
+from progressdb_kms.domain.errors import InstancesMissing, RotationRefused
 from progressdb_kms.domain.keyring import KekInfo, KekState, kek_id_of
 from progressdb_kms.domain.keys import ALL_TAGS
 from progressdb_kms.domain.rotation import SHARED, Rotation, Step, advance
+from progressdb_kms.usecases.crew import IDLE, Conduct, Crew, Interrupted, Parts, Progress, by_life
 from progressdb_kms.usecases.slotwork import SlotWork
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+    from collections.abc import Mapping
 
-    from progressdb_kms.ports import (
-        Claim,
-        Heartbeat,
-        Heartbeats,
-        KekRegistry,
-        KekStager,
-        Lock,
-        RotationLedger,
-        RotationStore,
-    )
-    from progressdb_kms.usecases.keks import KekBook
+    from progressdb_kms.ports import Claim, Lock
 
-log = structlog.get_logger(__name__)
-
-_T = TypeVar("_T")
-
-LEASE: Final = 15.0
-"""Seconds after which a silent leader or worker is taken for dead."""
-RENEW: Final = 4.0
-LIVE: Final = 15.0
-"""Seconds after its last heartbeat for which an instance counts as live."""
-SLOTS_AT_ONCE: Final = 16
-IDLE: Final = 0.3
-STORE_PATIENCE: Final = 60.0
-"""Seconds for which a run goes on trying while the store is away."""
-
-
-class Progress(Protocol):
-    """Who is told how a run gets on."""
-
-    def step(self, rotation: Rotation, total: int) -> None:
-        """Say that a step begins, with the number of slots in it."""
-
-    def slot(self, counts: Mapping[str, int]) -> None:
-        """Say that a slot is done."""
-
-    def waiting(self, missing: Sequence[str], gone: Sequence[str]) -> None:
-        """Name the instances that have not loaded the new version, and those no longer counted as live."""
-
-    def warning(self, text: str) -> None:
-        """Pass on what the operator should know."""
+__all__ = ["Conduct", "Interrupted", "Parts", "Plan", "Progress", "Rotator"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,58 +48,11 @@ class Plan:
     under_way: Rotation | None
 
 
-@dataclass(frozen=True, slots=True)
-class Conduct:
-    """How a run goes about its work.
-
-    Attributes:
-        wait: Seconds to wait for live instances to load the new version.
-        page: Records in one script call.
-        max_rate: Records a second, 0 for as many as will go.
-        verify_sample: Records to verify, 0 for all.
-        patience: Seconds to go on while the store is away.
-    """
-
-    wait: float = 120.0
-    page: int = 250
-    max_rate: int = 0
-    verify_sample: int = 0
-    patience: float = STORE_PATIENCE
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """The ports that a rotation works with.
-
-    Attributes:
-        reached: Called at each named transition; tests end the process there.
-    """
-
-    ledger: RotationLedger
-    slots: RotationStore
-    registry: KekRegistry
-    heartbeats: Heartbeats
-    stager: KekStager
-    keks: KekBook
-    progress: Progress
-    now: Callable[[], float]
-    census: Callable[[], Awaitable[Mapping[int, int]]]
-    reached: Callable[[str], None] = lambda _name: None
-
-
-class Rotator:
-    """One process's part in rotations.
-
-    Args:
-        parts: The ports.
-        conduct: How to go about it.
-        worker: Name of this process, unique.
-    """
+class Rotator(Crew):
+    """One process's part in rotations. Arguments as of ``Crew``."""
 
     def __init__(self, parts: Parts, conduct: Conduct, worker: str) -> None:
-        self._parts = parts
-        self._conduct = conduct
-        self._worker = worker
+        super().__init__(parts, conduct, worker)
         self._work = SlotWork(parts.slots, parts.keks, conduct.page, conduct.max_rate)
 
     async def plan(self) -> Plan:
@@ -147,7 +60,7 @@ class Rotator:
         parts = self._parts
         view = parts.keks.view
         under_way = await parts.ledger.current()
-        live, _ = _by_life(await parts.heartbeats.live(), parts.now())
+        live, _ = by_life(await parts.heartbeats.live(), parts.now())
         return Plan(
             source_version=view.active if under_way is None else under_way.source_version,
             target_version=self._target() if under_way is None else under_way.target_version,
@@ -169,18 +82,21 @@ class Rotator:
             InstancesMissing: Live instances have not loaded the new version; run again.
             Fenced: Another run took over.
             StoreUnavailable, StoreNotDurable: The store stayed away; run again.
+            Interrupted: The process was asked to end; run again.
         """
-        lock = await self._patiently(lambda: self._parts.ledger.acquire(self._worker, LEASE))
-        async with self._renewing(lock):
+        async with self._leading() as lock:
             rotation = await self._patiently(self._parts.ledger.current)
             if rotation is None:
                 if resume_only:
-                    await self._parts.ledger.release(lock)
                     return None
                 rotation = await self._begin(lock)
+            elif rotation.step is Step.ROLLBACK:
+                raise RotationRefused(
+                    f"rotation {rotation.rotation_id} is being rolled back: finish that with rotate --rollback"
+                )
             while not rotation.finished_at:
+                self._go_on()
                 rotation = await self._do(rotation, lock)
-            await self._parts.ledger.release(lock)
         return rotation
 
     async def work(self) -> Rotation | None:
@@ -198,8 +114,14 @@ class Rotator:
             last = rotation
             if rotation.step in SHARED:
                 await self._patiently(self._parts.keks.refresh)
-                await self._take_part(rotation)
+                # A worker may have started before the new version reached its KEK file.
+                if rotation.target_version in self._parts.keks.usable:
+                    await self._take_part(rotation)
+            self._go_on()
             await asyncio.sleep(IDLE)
+
+    async def _slot(self, rotation: Rotation, claim: Claim) -> Mapping[str, int]:
+        return await self._work.do(rotation, claim)
 
     def _target(self) -> int:
         view = self._parts.keks.view
@@ -231,7 +153,9 @@ class Rotator:
             step_at=now,
             verify_sample=self._conduct.verify_sample,
         )
+        await self._note("rotation.begin", "intent", rotation)
         await self._patiently(lambda: parts.ledger.save(rotation, lock))
+        await self._note("rotation.begin", "ok", rotation)
         parts.reached("begun")
         return rotation
 
@@ -241,34 +165,29 @@ class Rotator:
         if rotation.step is Step.DISTRIBUTE:
             await self._distribute(rotation)
         elif rotation.step is Step.ACTIVATE:
+            await self._note("kek.activate", "intent", rotation)
             await self._patiently(
                 lambda: parts.registry.activate(rotation.target_version, now=int(parts.now()), lock=lock)
             )
+            await self._note("kek.activate", "ok", rotation)
             await self._patiently(parts.keks.refresh)
             parts.reached("activated")
         if rotation.step in SHARED:
-            await self._patiently(
-                lambda: parts.ledger.open_work(rotation.rotation_id, rotation.step, ALL_TAGS, lock)
-            )
-            parts.reached(f"{rotation.step}:opened")
-            await self._take_part(rotation)
-            while await self._patiently(
-                lambda: parts.ledger.outstanding(rotation.rotation_id, rotation.step)
-            ):
-                await asyncio.sleep(IDLE)
-                await self._take_part(rotation)
+            await self._share(rotation, lock)
         quarantined = 0
         if rotation.step is Step.VERIFY:
             quarantined = await self._patiently(lambda: self._work.count_quarantined(rotation))
         advanced = advance(rotation, now=int(parts.now()), quarantined=quarantined)
         parts.reached(f"{rotation.step}:done")
         await self._patiently(lambda: parts.ledger.save(advanced, lock))
+        await self._note("rotation.finish" if advanced.finished_at else "rotation.step", "ok", advanced)
         parts.reached(f"{advanced.step}:saved")
         return await parts.ledger.get(rotation.rotation_id) or advanced
 
     async def _distribute(self, rotation: Rotation) -> None:
         parts = self._parts
         version = rotation.target_version
+        await self._note("kek.stage", "intent", rotation)
         await self._patiently(lambda: parts.stager.stage(version))
         parts.reached("staged")
         source = parts.keks.source
@@ -283,6 +202,7 @@ class Rotator:
             created_at=int(parts.now()),
         )
         await self._patiently(lambda: parts.registry.stage(kek))
+        await self._note("kek.stage", "ok", rotation)
         parts.reached("registered")
         escrowed = await self._patiently(lambda: parts.stager.escrow(version))
         if not escrowed:
@@ -300,7 +220,7 @@ class Rotator:
         parts = self._parts
         deadline = parts.now() + self._conduct.wait
         while True:
-            live, gone = _by_life(await self._patiently(parts.heartbeats.live), parts.now())
+            live, gone = by_life(await self._patiently(parts.heartbeats.live), parts.now())
             missing = [beat.instance for beat in live if version not in beat.kek_versions]
             if not missing:
                 if gone:
@@ -312,95 +232,5 @@ class Rotator:
                     f"KEK version {version} is not loaded by: {', '.join(missing)}; bring it to them or stop them,"
                     " then run again"
                 )
+            self._go_on()
             await asyncio.sleep(IDLE)
-
-    async def _take_part(self, rotation: Rotation) -> None:
-        """Claim slots and work on them until there is none to claim."""
-        ledger, step = self._parts.ledger, rotation.step
-        while True:
-            claims = await self._patiently(
-                lambda: ledger.claim(rotation.rotation_id, step, self._worker, SLOTS_AT_ONCE, LEASE)
-            )
-            if not claims:
-                return
-            async with self._extending(rotation, claims):
-                results = await asyncio.gather(
-                    *(self._one(rotation, claim) for claim in claims), return_exceptions=True
-                )
-            for result in results:
-                if isinstance(result, BaseException):
-                    raise result
-
-    async def _one(self, rotation: Rotation, claim: Claim) -> None:
-        parts = self._parts
-        try:
-            await self._patiently(lambda: parts.slots.take([claim]))
-            counts = await self._patiently(lambda: self._work.do(rotation, claim))
-            parts.reached(f"{rotation.step}:slot")
-            await self._patiently(
-                lambda: parts.ledger.finish(rotation.rotation_id, rotation.step, claim, counts)
-            )
-        except Fenced:
-            # Another worker has the slot, since our lease ran out; what we did of it is as good as theirs.
-            log.info("slot_taken_over", tag=claim.tag, step=str(rotation.step))
-            return
-        parts.progress.slot(counts)
-
-    async def _patiently(self, action: Callable[[], Awaitable[_T]]) -> _T:
-        """Try again while the store is away: each action is safe to repeat."""
-        deadline = self._parts.now() + self._conduct.patience
-        while True:
-            try:
-                return await action()
-            except StoreUnavailable:
-                if self._parts.now() >= deadline:
-                    raise
-                await asyncio.sleep(IDLE)
-
-    @asynccontextmanager
-    async def _renewing(self, lock: Lock) -> AsyncIterator[None]:
-        """Hold the lock; when another has taken it, end what runs inside with ``Fenced``."""
-        async with _meanwhile(lambda: self._parts.ledger.renew(lock, LEASE)):
-            yield
-
-    @asynccontextmanager
-    async def _extending(self, rotation: Rotation, claims: Sequence[Claim]) -> AsyncIterator[None]:
-        ledger = self._parts.ledger
-        async with _meanwhile(lambda: ledger.extend(rotation.rotation_id, rotation.step, claims, LEASE)):
-            yield
-
-
-@asynccontextmanager
-async def _meanwhile(action: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
-    """Repeat ``action`` while the body runs; its error, but for the store being away, ends the body."""
-    body = asyncio.current_task()
-    failure: list[KmsError] = []
-
-    async def repeat() -> None:
-        while True:
-            await asyncio.sleep(RENEW)
-            try:
-                await action()
-            except StoreUnavailable:
-                continue
-            except KmsError as error:
-                failure.append(error)
-                if body is not None:
-                    body.cancel()
-                return
-
-    task = asyncio.create_task(repeat())
-    try:
-        yield
-    except asyncio.CancelledError:
-        if failure:
-            raise failure[0] from None
-        raise
-    finally:
-        task.cancel()
-
-
-def _by_life(beats: Sequence[Heartbeat], now: float) -> tuple[list[Heartbeat], list[Heartbeat]]:
-    """Part heartbeats into those of live instances and those of silent ones."""
-    live = [beat for beat in beats if now - beat.at <= LIVE]
-    return live, [beat for beat in beats if now - beat.at > LIVE]

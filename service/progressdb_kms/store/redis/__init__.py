@@ -8,6 +8,7 @@ a lane gathers them into batches over one ``link``. ``durability`` judges whethe
 from __future__ import annotations
 
 from progressdb_kms.store.redis.address import parse_url
+from progressdb_kms.store.redis.escrow import RedisEscrowBox
 from progressdb_kms.store.redis.health import RedisHealth
 from progressdb_kms.store.redis.heartbeats import RedisHeartbeats
 from progressdb_kms.store.redis.keys import RedisKeys
@@ -28,6 +29,7 @@ class RedisStore:
         registry: ``KekRegistry``.
         heartbeats: ``Heartbeats``.
         health: ``StoreHealth``.
+        escrow: ``EscrowBox``.
     """
 
     def __init__(self, settings: StoreSettings, observer: StoreObserver) -> None:
@@ -37,6 +39,7 @@ class RedisStore:
         self.keys = RedisKeys(router, settings)
         self.registry = RedisRegistry(router)
         self.heartbeats = RedisHeartbeats(router)
+        self.escrow = RedisEscrowBox(router)
         self.health = RedisHealth(self._topology, address, settings)
 
     async def close(self) -> None:
