@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import secrets
 import signal
 import time
@@ -12,7 +13,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import structlog
-import yaml
 
 from progressdb_kms import __version__
 from progressdb_kms.api.admin import AdminApp
@@ -49,6 +49,7 @@ from progressdb_kms.usecases.loading import Loader
 from progressdb_kms.usecases.rotationwatch import RotationWatch
 from progressdb_kms.usecases.session import PolicyBook, Session
 from progressdb_kms.usecases.upkeep import Upkeep
+from progressdb_kms.yamlfile import read_yaml
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -149,21 +150,14 @@ def kek_source(settings: Settings) -> FileKekSource:
 
 
 def load_policy(path: Path) -> tuple[Policy, str]:
-    """Read the policy file and return it with the name of its content.
+    """Read the policy file and return it with the name of what it says.
 
     Raises:
         PolicyInvalid: Says what to change.
     """
-    try:
-        raw = path.read_bytes()
-        document = yaml.safe_load(raw)
-    except OSError as error:
-        raise PolicyInvalid(f"can't read the policy {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark else ""
-        raise PolicyInvalid(f"the policy {path} is not valid YAML{where}") from None
-    return parse_policy(document), hashlib.sha256(raw).hexdigest()[:16]
+    document = read_yaml(path, PolicyInvalid, "the policy")
+    policy = parse_policy(document)
+    return policy, hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @asynccontextmanager
