@@ -169,7 +169,9 @@ def _api() -> client.ApiClient:
         if os.environ.get("KUBERNETES_SERVICE_HOST"):
             config.load_incluster_config(configuration)  # type: ignore[no-untyped-call]
         else:
-            config.load_kube_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
+            config.load_kube_config(  # type: ignore[no-untyped-call]
+                os.environ.get("KUBECONFIG"), client_configuration=configuration
+            )
     except ConfigException as error:
         raise RotationRefused(f"no access to Kubernetes: {error}") from None
     # Bodies hold KEKs: the client's own log of requests must never be on.

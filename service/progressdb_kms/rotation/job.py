@@ -168,6 +168,7 @@ async def _report(rotation: Rotation, parts: Parts, reporter: Reporter, began: f
             "left_behind": _texts(left),
             "quarantined": bad[:_NAMED],
             "quarantined_total": len(bad),
+            "slots_here": reporter.slots,
             "seconds": round(time.monotonic() - began, 3),
         },
     )

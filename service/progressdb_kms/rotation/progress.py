@@ -27,7 +27,13 @@ _RECORDS: Final = ("snapshot", "rewrapped", "verified", "rolled_back")
 
 
 class Reporter(Protocol):
-    """Where a run reports; ``usecases.crew.Progress`` and the run's own beginning and end."""
+    """Where a run reports; ``usecases.crew.Progress`` and the run's own beginning and end.
+
+    Attributes:
+        slots: Slots that this process has dealt with, over all steps.
+    """
+
+    slots: int
 
     def event(self, name: str, fields: Mapping[str, Any]) -> None:
         """Report a happening: ``start``, ``plan``, ``result``."""
@@ -79,6 +85,7 @@ class JsonLines:
         now: Callable[[], float] = time.time,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.slots = 0
         self._stream = stream
         self._now = now
         self._clock = clock
@@ -112,6 +119,7 @@ class JsonLines:
 
     def slot(self, counts: Mapping[str, int]) -> None:
         """Write how far this process has got, every few seconds."""
+        self.slots += 1
         self._done += 1
         self._counts.update(counts)
         now = self._clock()
@@ -124,10 +132,14 @@ class JsonLines:
             {
                 "step": self._step,
                 "slots_done": self._done,
-                "slots": self._total,
+                "slots": self._total or None,
                 "counts": dict(self._counts),
                 "rate": round(records / (now - self._began)),
-                "seconds_left": round((now - self._began) / self._done * (self._total - self._done)),
+                "seconds_left": (
+                    round((now - self._began) / self._done * (self._total - self._done))
+                    if self._total
+                    else None  # a worker is told of no steps
+                ),
             },
         )
 
@@ -153,6 +165,7 @@ class Bar:
     """
 
     def __init__(self, console: Console) -> None:
+        self.slots = 0
         self._console = console
         self._seldom = _Seldom(time.monotonic)
         self._bar = Progress(
@@ -182,6 +195,7 @@ class Bar:
 
     def slot(self, counts: Mapping[str, int]) -> None:
         """Draw on."""
+        self.slots += 1
         if self._task is None:
             return
         self._records += sum(counts.get(name, 0) for name in _RECORDS)
