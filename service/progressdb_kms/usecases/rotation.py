@@ -9,13 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 import structlog
 
-from progressdb_kms.domain.errors import Fenced, InstancesMissing, KmsError, RotationRefused, StoreUnavailable
+from progressdb_kms.domain.errors import (
+    Fenced,
+    InstancesMissing,
+    KmsError,
+    RotationRefused,
+    StoreNotDurable,
+    StoreUnavailable,
+)
 from progressdb_kms.domain.keyring import KekInfo, KekState, kek_id_of
 from progressdb_kms.domain.keys import ALL_TAGS
 from progressdb_kms.domain.rotation import SHARED, Rotation, Step, advance
@@ -170,17 +177,27 @@ class Rotator:
             Fenced: Another run took over.
             StoreUnavailable, StoreNotDurable: The store stayed away; run again.
         """
-        lock = await self._patiently(lambda: self._parts.ledger.acquire(self._worker, LEASE))
-        async with self._renewing(lock):
-            rotation = await self._patiently(self._parts.ledger.current)
-            if rotation is None:
-                if resume_only:
-                    await self._parts.ledger.release(lock)
-                    return None
-                rotation = await self._begin(lock)
-            while not rotation.finished_at:
-                rotation = await self._do(rotation, lock)
-            await self._parts.ledger.release(lock)
+        ledger = self._parts.ledger
+        lock = await self._patiently(lambda: ledger.acquire(self._worker, LEASE))
+        try:
+            async with self._renewing(lock):
+                rotation = await self._lead(lock, resume_only=resume_only)
+        except KmsError:
+            # Nothing is under way any more, so whoever runs again need not wait for the lease to run out.
+            with suppress(StoreUnavailable, StoreNotDurable):
+                await ledger.release(lock)
+            raise
+        await self._patiently(lambda: ledger.release(lock))
+        return rotation
+
+    async def _lead(self, lock: Lock, *, resume_only: bool) -> Rotation | None:
+        rotation = await self._patiently(self._parts.ledger.current)
+        if rotation is None:
+            if resume_only:
+                return None
+            rotation = await self._begin(lock)
+        while not rotation.finished_at:
+            rotation = await self._do(rotation, lock)
         return rotation
 
     async def work(self) -> Rotation | None:
