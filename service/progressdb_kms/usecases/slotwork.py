@@ -83,19 +83,37 @@ class SlotWork:
         digests = []
         count = 0
         for bucket in range(manifest.buckets):
+            # A blob that can't be unwrapped is copied like any other: rewrap puts its record in quarantine.
             entries = await slots.read_bucket(claim.tag, rotation_id, bucket)
-            for _, blob in entries:
-                parse_blob(blob)
             count += len(entries)
             digests.append(bucket_digest(entries))
         # Records can leave a census meanwhile (rewrapped alone, destroyed), never join it: the floor stands.
         if count < sum([await slots.count(claim.tag, version) for version in versions]):
-            raise RotationRefused(
-                f"the snapshot of slot {claim.tag} holds {count} records, fewer than there are: nothing was"
-                " changed; run again, and if it stays so compare the store's census with its records"
-            )
+            await self._require_copies(rotation, claim, versions)
         await slots.seal_snapshot(claim, rotation_id, count, slot_digest(digests))
         return Counter(snapshot=count)
+
+    async def _require_copies(self, rotation: Rotation, claim: Claim, versions: Sequence[int]) -> None:
+        """Look at each record: a census may name keys that have no record, which rewrap puts in quarantine.
+
+        Raises:
+            RotationRefused: A record has no copy.
+        """
+        for version in versions:
+            cursor = 0
+            while True:
+                page = await self._slots.page(
+                    claim.tag, version, cursor, self._page, backup=rotation.rotation_id
+                )
+                lacking = sum(not record.backup for record in page.records)
+                if lacking:
+                    raise RotationRefused(
+                        f"the snapshot of slot {claim.tag} lacks {lacking} records or more: nothing was"
+                        " changed; run again, and if it stays so look for what else writes to the store"
+                    )
+                cursor = page.cursor
+                if not cursor:
+                    break
 
     async def _rewrap(self, rotation: Rotation, claim: Claim) -> Counter[str]:
         counts: Counter[str] = Counter()
@@ -127,17 +145,18 @@ class SlotWork:
     async def _swap(
         self, rotation: Rotation, claim: Claim, records: Sequence[StoredBlob], bad: dict[str, Quarantined]
     ) -> int:
-        deks = await self._unwrap(records)
-        good: list[tuple[StoredBlob, bytes]] = []
-        for record, dek in zip(records, deks, strict=True):
+        aads = [wrap_aad(record.key_id, record.thread_id) for record in records]
+        deks = await self._unwrap([record.wrapped for record in records], aads)
+        good: list[tuple[StoredBlob, bytes, bytes]] = []
+        for record, dek, aad in zip(records, deks, aads, strict=True):
             if isinstance(dek, KmsError):
                 bad[record.key_id] = Quarantined(record.key_id, dek.code, record.kek_version)
             else:
-                good.append((record, dek))
+                good.append((record, dek, aad))
         if not good:
             return 0
-        names = [(record.key_id, record.thread_id) for record, _ in good]
-        version, kek_id, blobs = await self._keks.wrap([dek for _, dek in good], names)
+        names = [(record.key_id, record.thread_id) for record, _, _ in good]
+        version, kek_id, blobs = await self._keks.wrap([dek for _, dek, _ in good], names)
         if version != rotation.target_version:
             await self._keks.refresh()
             raise RotationRefused(
@@ -145,9 +164,9 @@ class SlotWork:
             )
         # A new blob is trusted only once it has been opened: what is written replaces the only other one.
         bodies = [parse_blob(blob).body for blob in blobs]
-        opened = await self._keks.unwrap(version, bodies, [wrap_aad(*name) for name in names])
+        opened = await self._keks.unwrap(version, bodies, [aad for _, _, aad in good])
         swaps = []
-        for (record, dek), blob, check in zip(good, blobs, opened, strict=True):
+        for (record, dek, _), blob, check in zip(good, blobs, opened, strict=True):
             if check == dek:
                 swaps.append(Swap(record.key_id, record.wrapped, blob))
             else:
@@ -171,20 +190,20 @@ class SlotWork:
                 bad[key_id] = Quarantined(
                     key_id, "the census names it, but its record differs", rotation.target_version
                 )
-            copied = [record for record in page.records if record.backup]
-            copies = [
-                StoredBlob(
-                    record.key_id, record.thread_id, record.backup, parse_blob(record.backup).kek_version
-                )
-                for record in copied
-            ]
-            wanted = {
-                record.key_id: dek for record, dek in zip(copied, await self._unwrap(copies), strict=True)
-            }
-            for record, dek in zip(page.records, await self._unwrap(page.records), strict=True):
+            records = page.records
+            aads = [wrap_aad(record.key_id, record.thread_id) for record in records]
+            deks = await self._unwrap([record.wrapped for record in records], aads)
+            copied = [number for number, record in enumerate(records) if record.backup]
+            copies = await self._unwrap(
+                [records[number].backup for number in copied], [aads[number] for number in copied]
+            )
+            wanted: list[bytes | KmsError] = list(deks)
+            for number, copy in zip(copied, copies, strict=True):
+                wanted[number] = copy
+            for record, dek, copy in zip(records, deks, wanted, strict=True):
                 if isinstance(dek, KmsError):
                     bad[record.key_id] = Quarantined(record.key_id, dek.code, record.kek_version)
-                elif wanted.get(record.key_id, dek) != dek:
+                elif copy != dek:
                     bad[record.key_id] = Quarantined(record.key_id, "differs_from_backup", record.kek_version)
                 else:
                     counts["verified"] += 1
@@ -196,16 +215,15 @@ class SlotWork:
             counts["quarantined"] = len(bad)
         return counts
 
-    async def _unwrap(self, records: Sequence[StoredBlob]) -> list[bytes | KmsError]:
-        results: list[bytes | KmsError] = [WrappedKeyInvalid()] * len(records)
+    async def _unwrap(self, blobs: Sequence[bytes], aads: Sequence[bytes]) -> list[bytes | KmsError]:
+        results: list[bytes | KmsError] = [WrappedKeyInvalid()] * len(blobs)
         groups: dict[int, list[tuple[int, bytes, bytes]]] = {}
-        for number, record in enumerate(records):
+        for number, (wrapped, aad) in enumerate(zip(blobs, aads, strict=True)):
             try:
-                blob = parse_blob(record.wrapped)
+                blob = parse_blob(wrapped)
             except WrappedKeyInvalid as error:
                 results[number] = error
                 continue
-            aad = wrap_aad(record.key_id, record.thread_id)
             groups.setdefault(blob.kek_version, []).append((number, blob.body, aad))
         for version, group in groups.items():
             try:
