@@ -179,7 +179,7 @@ async def rotation_parts(settings: Settings, progress: Progress) -> AsyncIterato
     watch = Watch([settings.kek.path], lambda: _reload(source, keks))
     source = kek_source(settings)
     store = await open_store(store_settings(settings), observer=metrics)
-    keks = KekBook(source=source, registry=store.registry, observer=metrics)
+    keks = KekBook(source=source, registry=store.registry, observer=metrics, look_again=source.reload)
     try:
         if await store.registry.load() is None:
             raise RotationRefused("the store holds no KEK registry yet: start the service on it first")
@@ -293,7 +293,12 @@ class Service:
         """
         settings = self.settings
         self.store: RedisStore = await open_store(self.store_settings, observer=self.metrics)
-        self.keks = KekBook(source=self.source, registry=self.store.registry, observer=self.metrics)
+        self.keks = KekBook(
+            source=self.source,
+            registry=self.store.registry,
+            observer=self.metrics,
+            look_again=self.source.reload,
+        )
         cache = DekCache(
             max_keys=settings.cache.max_keys,
             ttl=settings.cache.ttl,

@@ -307,5 +307,6 @@ def _check(settings: Settings) -> None:
         and rotation.kubernetes is None
     ):
         raise SettingsInvalid(
-            "configuration: kek.management kubernetes needs rotation.kubernetes: which Secret holds the KEK file?"
+            "configuration: kek.management kubernetes needs rotation.kubernetes: which Secret holds the"
+            " KEK file?"
         )

@@ -32,7 +32,7 @@ def test_every_setting_is_documented():
     rows = [
         row.split("|")[1]
         for row in (DOCS / "configuration.md").read_text().splitlines()
-        if re.match(r"\| `(listen|admin|tls|policy|kek|store|limits|cache|drain|destruction|log)\b", row)
+        if re.match(r"\| `(listen|admin|tls|policy|kek|store|limits|cache|drain|destruction|rotation|escrow|log)\b", row)
     ]
     documented = {name for row in rows for name in re.findall(r"`([a-z_.]+)`", row)}
     assert documented == set(_setting_names(Settings))
@@ -65,7 +65,7 @@ def test_configuration_of_the_readme_is_valid():
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "docs/configuration.md", "docs/operations.md", "CONTRIBUTING.md"]
+    "name", ["README.md", "docs/configuration.md", "docs/operations.md", "docs/rotation.md", "CONTRIBUTING.md"]
 )
 def test_commands_in_the_documents_exist(name):
     """Every `progressdb-kms ...` that a document shows is a command with those options."""

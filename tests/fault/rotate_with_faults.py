@@ -1,8 +1,8 @@
 """The `progressdb-kms` command with fault points, for tests: the package itself has none.
 
-`PROGRESSDB_KMS_FAULT_POINT=name[:N]` ends this process by SIGKILL when the rotation job reaches that transition for
-the Nth time (the first without N). `PROGRESSDB_KMS_LEASE` shortens leases, in seconds, so that the next run need not
-wait for those of a killed one.
+`PROGRESSDB_KMS_FAULT_POINT=name[:N]` ends this process by SIGKILL when the rotation job reaches that
+transition for the Nth time (the first without N). `PROGRESSDB_KMS_LEASE` shortens leases, in seconds, so
+that the next run need not wait for those of a killed one.
 """
 
 from __future__ import annotations

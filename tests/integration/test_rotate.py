@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import signal
 import threading
@@ -13,6 +14,7 @@ import pytest
 import yaml
 
 from tests.contract.wire_client import Client
+from tests.fault import rotate_with_faults
 from tests.integration.rotating import (
     Job,
     Sealed,
@@ -22,7 +24,7 @@ from tests.integration.rotating import (
     rotate,
     stored_versions,
 )
-from tests.integration.world import KEK_1, Instance, World, eventually, kek_text, launch_all, write_private
+from tests.integration.world import KEK_1, Instance, World, eventually, kek_text, write_private
 
 KEYS = 150
 POINTS = [
@@ -102,15 +104,43 @@ class Traffic:
         return self.sealed
 
 
-def test_rotates_under_traffic(world: World, a: Instance, sealed: Sealed) -> None:
-    """Two services are used throughout: no request fails, every key ends under the new version, all is readable."""
+AUDIT = [
+    ("rotation.begin", "intent"),
+    ("rotation.begin", "ok"),
+    ("kek.stage", "intent"),
+    ("kek.stage", "ok"),
+    ("rotation.step", "ok"),
+    ("kek.activate", "intent"),
+    ("kek.activate", "ok"),
+    ("rotation.step", "ok"),
+    ("rotation.step", "ok"),
+    ("rotation.step", "ok"),
+    ("rotation.finish", "ok"),
+]
+
+
+def test_rotates_under_traffic(
+    world: World, a: Instance, sealed: Sealed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Used throughout, two services fail no request, every key ends under the new version, all is readable.
+
+    Each step is audited, changes as intent and outcome. The fault points of the tests mean nothing to the
+    command as it is shipped.
+    """
+    monkeypatch.setenv(rotate_with_faults.POINT, "begun")
+    monkeypatch.setenv(rotate_with_faults.LEASE, "0.1")
     b = world.instances[1].start()
     traffic = Traffic(a, b)
-    result = rotate(a)
+    job = Job(a)
+    result = job.result()
     made = traffic.end()
+    records = [json.loads(line) for line in job.text.splitlines() if line.startswith('{"audit"')]
+    assert [(record["audit"], record["outcome"]) for record in records] == AUDIT
+    assert {record["request_id"] for record in records} == {result["rotation_id"]}
     assert result["outcome"] == "clean"
     assert result["counts"]["rewrapped"] >= KEYS
-    assert result["counts"]["verified"] == sum(result["census"].values()) or result["census"].keys() == {"2"}
+    assert result["counts"]["verified"] >= KEYS
+    assert result["census"].keys() == {"2"}
     assert stored_versions(world).keys() == {"2"}
     assert floors(world) == {b"2"}
     for instance in (a, b):
@@ -183,13 +213,14 @@ def test_waits_for_an_instance_and_lets_nobody_else_lead(world: World, a: Instan
 
 
 def test_gives_up_waiting_and_goes_on_when_run_again(world: World, a: Instance, sealed: Sealed) -> None:
-    """After --wait seconds the run ends with an error that names the instance; the next one takes it up at once."""
+    """After --wait seconds the run ends with an error that names the instance; the next goes on at once."""
     a.pause()
     job = Job(a, "--wait", "1")
     assert job.exit_code() == 1
     a.resume()
     assert job.lines("result")[-1]["code"] == "instances_missing"
-    assert len(job.errors.strip().splitlines()[-1]) > 0
+    (line,) = [line for line in job.errors.splitlines() if line.startswith("progressdb-kms:")]
+    assert "is not loaded by: " in line
     assert stored_versions(world) == {"1": KEYS}
     again = Job(a)
     assert again.result()["outcome"] == "clean"
@@ -220,7 +251,7 @@ def test_a_frozen_instance_does_no_harm(world: World, a: Instance, sealed: Seale
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_killed_at_every_transition(world: World, a: Instance, sealed: Sealed) -> None:
-    """A run that is killed at each named transition in turn is finished by the next one, and loses nothing."""
+    """A run that is killed at each named transition in turn is finished by the next, and loses nothing."""
     a.stop()
     for point in POINTS:
         job = Job(a, "--wait", "0", fault=point, lease=0.8)
@@ -276,7 +307,7 @@ def test_a_damaged_record_is_named_and_the_rest_is_rotated(world: World, a: Inst
 
 
 def test_rollback_restores_the_source_version(world: World, a: Instance, sealed: Sealed) -> None:
-    """After a rollback keys are under the old version again, those made since are named, and rotation goes on."""
+    """After a rollback keys are under the old version, those made since are named; rotation goes on."""
     nothing = Job(a, "--rollback")
     assert nothing.exit_code() == 1
     assert "no rotation to roll back" in nothing.errors
@@ -298,7 +329,7 @@ def test_rollback_restores_the_source_version(world: World, a: Instance, sealed:
 
 
 def test_rollback_where_the_new_version_is_lost(world: World, a: Instance, sealed: Sealed) -> None:
-    """A half-done rotation whose new KEK is gone is rolled back without it; killed on the way, it is resumed."""
+    """A half-done rotation whose new KEK is gone is rolled back without it, and resumed after kills."""
     a.stop()
     job = Job(a, fault="rewrap:slot:600", lease=0.8)
     assert job.exit_code() == -signal.SIGKILL, job.text
@@ -316,34 +347,3 @@ def test_rollback_where_the_new_version_is_lost(world: World, a: Instance, seale
     assert result["still_under_target"] == 0
     assert result["needs_target"] == []
     assert stored_versions(world) == {"1": KEYS}
-
-
-def test_the_package_has_no_fault_points(world: World, a: Instance, sealed: Sealed, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What ends the job at a transition in tests does nothing in the command as it is shipped."""
-    monkeypatch.setenv("PROGRESSDB_KMS_FAULT_POINT", "begun")
-    monkeypatch.setenv("PROGRESSDB_KMS_LEASE", "0.1")
-    assert rotate(a)["outcome"] == "clean"
-
-
-def test_audit_names_each_step(world: World, a: Instance, sealed: Sealed) -> None:
-    """Begin, staging, activation, each step and the end are audited, changes as intent and outcome."""
-    job = Job(a)
-    result = job.result()
-    import json
-
-    records = [json.loads(line) for line in job.text.splitlines() if line.startswith('{"audit"')]
-    seen = [(record["audit"], record["outcome"]) for record in records]
-    assert seen == [
-        ("rotation.begin", "intent"),
-        ("rotation.begin", "ok"),
-        ("kek.stage", "intent"),
-        ("kek.stage", "ok"),
-        ("rotation.step", "ok"),
-        ("kek.activate", "intent"),
-        ("kek.activate", "ok"),
-        ("rotation.step", "ok"),
-        ("rotation.step", "ok"),
-        ("rotation.step", "ok"),
-        ("rotation.finish", "ok"),
-    ]
-    assert {record["request_id"] for record in records} == {result["rotation_id"]}

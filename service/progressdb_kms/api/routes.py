@@ -429,5 +429,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         RotationList,
         parameters={"limit": _LIMIT_SCHEMA},
     ),
-    Route("GET", "/v1/rotations/<rotation_id>", get_rotation, "Show a rotation of the KEK", None, RotationView),
+    Route(
+        "GET", "/v1/rotations/<rotation_id>", get_rotation, "Show a rotation of the KEK", None, RotationView
+    ),
 )

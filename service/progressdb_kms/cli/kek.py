@@ -44,7 +44,8 @@ def status(connection: Connection, *, as_json: bool) -> None:
     with connection.admin() as service:
         census = service.keks()
     if as_json:
-        print_json(asdict(census))
+        versions = [asdict(kek) | {"fingerprint": kek.kek_id} for kek in census.keks]
+        print_json({"active": census.active, "versions": versions})
         return
     columns = (
         "version",

@@ -53,8 +53,8 @@ def keygen(directory: Path, *, as_json: bool) -> None:
         print_json(files | {"fingerprint": name})
     else:
         click.echo(
-            f"{directory / PUBLIC_NAME} ({name[:16]}) goes into escrow.recipients. Take {PRIVATE_NAME} offline:"
-            " whoever has it and the store can read every message."
+            f"{directory / PUBLIC_NAME} ({name[:16]}) goes into escrow.recipients. Take {PRIVATE_NAME}"
+            " offline: whoever has it and the store can read every message."
         )
 
 
@@ -107,6 +107,7 @@ def recover(config: Path, recovery_key: Path, out: Path, *, as_json: bool) -> No
     click.echo(f"{out}: KEK versions {', '.join(map(str, sorted(keys)))}")
     if missing:
         click.echo(
-            f"not escrowed to this recovery key: versions {', '.join(map(str, missing))}; add them from elsewhere",
+            f"not escrowed to this recovery key: versions {', '.join(map(str, missing))};"
+            " add them from elsewhere",
             err=True,
         )

@@ -35,10 +35,19 @@ def _sample(_ctx: click.Context, _param: click.Parameter, value: str) -> int:
 @click.option("--dry-run", is_flag=True, help="Print the census and what a run would do; change nothing.")
 @click.option("--resume-only", is_flag=True, help="Finish an unfinished rotation; begin none.")
 @click.option("--worker", is_flag=True, help="Share the work of the rotation that another run leads.")
-@click.option("--rollback", is_flag=True, help="Turn the latest rotation back: its KEK version is bad or lost.")
+@click.option(
+    "--rollback", is_flag=True, help="Turn the latest rotation back: its KEK version is bad or lost."
+)
 @click.option("--batch", type=click.IntRange(1, 1000), help="Records in one call of the store.")
 @click.option("--max-rate", type=click.IntRange(0), help="Records a second at most, 0 for no bound.")
-@click.option("--verify", default="all", show_default=True, callback=_sample, metavar="all|sample=N", help="Records to read back.")
+@click.option(
+    "--verify",
+    default="all",
+    show_default=True,
+    callback=_sample,
+    metavar="all|sample=N",
+    help="Records to read back.",
+)
 @click.option("--wait", type=click.FloatRange(0), help="Seconds to wait for live instances.")
 @click.option("--json", "as_json", is_flag=True, help="JSON lines on a terminal too.")
 def rotate(  # noqa: PLR0913 - one parameter an option
@@ -56,8 +65,8 @@ def rotate(  # noqa: PLR0913 - one parameter an option
 ) -> int:
     """Bring a new KEK version and wrap every key under it.
 
-    Run again after any interruption, it goes on where it was. Exit codes: 0 clean; 3 ended, but some keys could
-    not be dealt with; 4 another run leads; 75 stopped by SIGTERM, to be run again; 1 an error.
+    Run again after any interruption, it goes on where it was. Exit codes: 0 clean; 3 ended, but some keys
+    could not be dealt with; 4 another run leads; 75 stopped by SIGTERM, to be run again; 1 an error.
     """
     if sum((dry_run, resume_only, worker, rollback)) > 1:
         raise click.UsageError("--dry-run, --resume-only, --worker and --rollback exclude each other")

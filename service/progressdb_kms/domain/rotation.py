@@ -2,17 +2,18 @@
 
 Order of the steps, and why:
 
-1. ``distribute``: version n+1 exists at the source, is registered as staged, escrowed, and loaded by every live
-   instance, before anything is wrapped under it.
-2. ``activate``: n+1 becomes the active version, then the floor of every slot: from here no script writes a wrap
-   below n+1, so that the census of older versions only shrinks.
-3. ``snapshot``: every record under an older version is copied, and the copies verified, before any is changed.
+1. ``distribute``: version n+1 exists at the source, is registered as staged, escrowed, and loaded by every
+   live instance, before anything is wrapped under it.
+2. ``activate``: n+1 becomes the active version, then the floor of every slot: from here no script writes a
+   wrap below n+1, so that the census of older versions only shrinks.
+3. ``snapshot``: every record under an older version is copied, and the copies verified, before any is
+   changed.
 4. ``rewrap``: each record's DEK is wrapped under n+1 and put in the old blob's place by compare-and-set.
 5. ``verify``: every record unwraps to the same DEK as its copy; census and records agree.
 6. ``complete``: the manifests are sealed and the report is written.
 
-From any step on, a rotation can be turned back instead (``rollback``, then ``rolled_back``): its target version is
-bad or lost, and the source version becomes the active one again.
+From any step on, a rotation can be turned back instead (``rollback``, then ``rolled_back``): its target
+version is bad or lost, and the source version becomes the active one again.
 
 Each step may be repeated, and a run after a kill goes on at the step that the record names.
 """

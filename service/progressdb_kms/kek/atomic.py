@@ -40,9 +40,7 @@ def replace_file(path: Path, data: bytes, mode: int, owner: tuple[int, int] | No
 
 
 @contextmanager
-def _written(
-    path: Path, data: bytes, mode: int, owner: tuple[int, int] | None = None
-) -> Iterator[Path]:
+def _written(path: Path, data: bytes, mode: int, owner: tuple[int, int] | None = None) -> Iterator[Path]:
     """Give a temporary file that holds ``data`` durably; afterwards it is gone and the directory durable."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     # No one else may read the content at any moment, whatever mode it gets in the end.

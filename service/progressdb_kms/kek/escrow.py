@@ -1,8 +1,8 @@
-"""Escrow: each KEK version sealed to recovery public keys, so that a lost KEK source is not the end of the data.
+"""Escrow: each KEK version sealed to recovery public keys, so that a lost KEK source is not the end of all.
 
-Sealing is HPKE (RFC 9180, base mode) with DHKEM(X25519, HKDF-SHA256), HKDF-SHA256 and AES-256-GCM. Its ``info``
-binds a label, the store, the version and the KEK's check value: what was sealed for another store or version does
-not open, and cannot be passed off as this one.
+Sealing is HPKE (RFC 9180, base mode) with DHKEM(X25519, HKDF-SHA256), HKDF-SHA256 and AES-256-GCM. Its
+``info`` binds a label, the store, the version and the KEK's check value: what was sealed for another store
+or version does not open, and cannot be passed off as this one.
 """
 
 from __future__ import annotations
@@ -118,7 +118,9 @@ def make_recovery_key(directory: Path) -> str:
         write_once(directory / PRIVATE_NAME, secret, 0o600)
         write_once(directory / PUBLIC_NAME, shown, 0o644)
     except FileExistsError:
-        raise KekFileInvalid(f"{directory} holds a recovery key already, which is never overwritten") from None
+        raise KekFileInvalid(
+            f"{directory} holds a recovery key already, which is never overwritten"
+        ) from None
     except OSError as error:
         raise KekFileInvalid(f"can't write into {directory}: {error.strerror}") from None
     return fingerprint(public)

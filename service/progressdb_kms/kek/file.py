@@ -199,7 +199,9 @@ def parse_keys(data: bytes, name: str) -> dict[int, bytes]:
 def render_keys(keys: Mapping[int, bytes]) -> bytes:
     """Return the content of a KEK file with these versions."""
     # Quoted: a key of decimal digits only would be read as a number by other YAML tools.
-    return (_HEAD + "".join(f'  {version}: "{key.hex()}"\n' for version, key in sorted(keys.items()))).encode()
+    return (
+        _HEAD + "".join(f'  {version}: "{key.hex()}"\n' for version, key in sorted(keys.items()))
+    ).encode()
 
 
 def _same(one: str, other: str) -> bool:

@@ -1,8 +1,9 @@
 """Adds a KEK version to the Kubernetes Secret that the KEK file is mounted from; the port ``KekStager``.
 
 One Secret by its name, which needs the verbs get and patch on it alone. The change is a compare-and-set by
-``resourceVersion`` and only ever adds a version. A Secret that something else keeps (GitOps, External Secrets) is
-never changed: the next reconciliation would take the new KEK away, and with it all that was wrapped under it.
+``resourceVersion`` and only ever adds a version. A Secret that something else keeps (GitOps, External
+Secrets) is never changed: the next reconciliation would take the new KEK away, and with it all that was
+wrapped under it.
 """
 
 from __future__ import annotations
@@ -84,8 +85,8 @@ class KubernetesKekStager:
         """Make sure that the Secret holds ``version`` and that it is loaded here.
 
         Raises:
-            RotationRefused: Something else keeps the Secret; or Kubernetes refused; or the mounted file does not
-                show the version in time.
+            RotationRefused: Something else keeps the Secret; or Kubernetes refused; or the mounted file
+                does not show the version in time.
             KekFileInvalid: What the Secret or the file holds can't be used.
         """
         self._source.reload(self._required())
@@ -100,7 +101,7 @@ class KubernetesKekStager:
             )
 
     async def escrow(self, version: int) -> int:
-        """Seal the version, and those before it that are not sealed yet; return the number of recovery keys."""
+        """Seal the version and those that are not sealed yet; return the number of recovery keys."""
         return await self._escrow.complete(version)
 
 
@@ -110,8 +111,8 @@ def add_to_secret(ref: SecretRef, version: int, loaded: Mapping[int, str]) -> No
     Args:
         ref: The Secret.
         version: The version to add.
-        loaded: Check values of the versions in the mounted file. The Secret must hold the same ones: if not, the
-            file is not mounted from it.
+        loaded: Check values of the versions in the mounted file. The Secret must hold the same ones: if
+            not, the file is not mounted from it.
 
     Raises:
         RotationRefused, KekFileInvalid: As ``KubernetesKekStager.stage``.
@@ -119,17 +120,19 @@ def add_to_secret(ref: SecretRef, version: int, loaded: Mapping[int, str]) -> No
     with _api() as api_client:
         api = client.CoreV1Api(api_client)
         for _ in range(_TRIES):
-            secret = _called(ref, "get", lambda: api.read_namespaced_secret(
-                ref.secret, ref.namespace, _request_timeout=_TIMEOUT
-            ))
+            secret = _called(
+                ref,
+                "get",
+                lambda: api.read_namespaced_secret(ref.secret, ref.namespace, _request_timeout=_TIMEOUT),
+            )
             keys = _keys(ref, secret.data or {})
             _require_same(ref, keys, loaded)
             if version in keys:
                 return
             if keeper := keeper_of(secret.metadata):
                 raise RotationRefused(
-                    f"{ref} is kept by {keeper}, which would take a version away again: add KEK version {version}"
-                    " at its source, and set rotation.distribute: external"
+                    f"{ref} is kept by {keeper}, which would take a version away again: add KEK"
+                    f" version {version} at its source, and set rotation.distribute: external"
                 )
             keys[version] = os.urandom(KEK_BYTES)
             body = {
@@ -137,9 +140,13 @@ def add_to_secret(ref: SecretRef, version: int, loaded: Mapping[int, str]) -> No
                 "data": {ref.key: base64.b64encode(render_keys(keys)).decode()},
             }
             try:
-                _called(ref, "patch", lambda body=body: api.patch_namespaced_secret(  # type: ignore[misc]
-                    ref.secret, ref.namespace, body, _request_timeout=_TIMEOUT
-                ))
+                _called(
+                    ref,
+                    "patch",
+                    lambda body=body: api.patch_namespaced_secret(  # type: ignore[misc]
+                        ref.secret, ref.namespace, body, _request_timeout=_TIMEOUT
+                    ),
+                )
             except _ConflictError:
                 continue  # someone changed it meanwhile; perhaps by adding this very version
             return
@@ -192,7 +199,8 @@ def _called(ref: SecretRef, verb: str, call: Callable[[], Any]) -> Any:  # noqa:
     if status == _CONFLICT:
         raise _ConflictError
     raise RotationRefused(
-        f"Kubernetes does not let us {verb} {ref}: {status or ''} {reason}; the job's role needs get and patch on it"
+        f"Kubernetes does not let us {verb} {ref}: {status or ''} {reason}; the job's role"
+        " needs get and patch on it"
     )
 
 
@@ -210,6 +218,6 @@ def _require_same(ref: SecretRef, keys: Mapping[int, bytes], loaded: Mapping[int
     for version, value in sorted(loaded.items()):
         if version not in keys or check_value(keys[version]) != value:
             raise KekFileInvalid(
-                f"{ref} does not hold the KEK version {version} that is loaded: is it the Secret that the KEK file is"
-                " mounted from?"
+                f"{ref} does not hold the KEK version {version} that is loaded: is it the Secret that the"
+                " KEK file is mounted from?"
             )

@@ -1,7 +1,7 @@
 """Where a new KEK version comes from: the KEK file, or whoever keeps it; the port ``KekStager``.
 
-A stager only ever adds a version, and takes one that is there already: a run that was killed after adding it goes
-on with the same key.
+A stager only ever adds a version, and takes one that is there already: a run that was killed after adding
+it goes on with the same key.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class FileKekStager:
             self._source.reload(self._required())
 
     async def escrow(self, version: int) -> int:
-        """Seal the version, and those before it that are not sealed yet; return the number of recovery keys."""
+        """Seal the version and those that are not sealed yet; return the number of recovery keys."""
         return await self._escrow.complete(version)
 
 
@@ -87,12 +87,12 @@ class ExternalKekStager:
         """
         if not await appears(self._source, self._required, version, self._wait):
             raise RotationRefused(
-                f"KEK version {version} is not in {self._source.path}, and rotation.distribute is external: add"
-                " it where that file comes from, then run again"
+                f"KEK version {version} is not in {self._source.path}, and rotation.distribute is external:"
+                " add it where that file comes from, then run again"
             )
 
     async def escrow(self, version: int) -> int:
-        """Seal the version, and those before it that are not sealed yet; return the number of recovery keys."""
+        """Seal the version and those that are not sealed yet; return the number of recovery keys."""
         return await self._escrow.complete(version)
 
 
@@ -132,9 +132,7 @@ def add_version(path: Path, version: int) -> None:
     keys[version] = os.urandom(KEK_BYTES)
     try:
         status = path.stat()
-        replace_file(
-            path, render_keys(keys), stat.S_IMODE(status.st_mode), (status.st_uid, status.st_gid)
-        )
+        replace_file(path, render_keys(keys), stat.S_IMODE(status.st_mode), (status.st_uid, status.st_gid))
     except OSError as error:
         raise RotationRefused(
             f"can't write {path}: {error.strerror}; where it is mounted from a Kubernetes Secret, set"

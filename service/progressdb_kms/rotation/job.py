@@ -132,7 +132,9 @@ async def _run(settings: Settings, options: Options, reporter: Reporter, stoppin
         if options.dry_run:
             reporter.event("plan", plan_fields(plan))
             return CLEAN
-        reporter.event("start", {"worker": worker, "role": "worker" if options.worker else "leader"} | plan_fields(plan))
+        reporter.event(
+            "start", {"worker": worker, "role": "worker" if options.worker else "leader"} | plan_fields(plan)
+        )
         if options.worker:
             ended = await rotator.work()
         else:
@@ -149,7 +151,9 @@ async def _run(settings: Settings, options: Options, reporter: Reporter, stoppin
 
 async def _report(rotation: Rotation, parts: Parts, reporter: Reporter, began: float) -> int:
     census = await parts.census()
-    left = {version: count for version, count in census.items() if version < rotation.target_version and count}
+    left = {
+        version: count for version, count in census.items() if version < rotation.target_version and count
+    }
     bad: list[dict[str, Any]] = []
     if rotation.outcome != Outcome.CLEAN or left:
         for tag in ALL_TAGS:

@@ -184,7 +184,9 @@ class Bar:
 
     def event(self, name: str, fields: Mapping[str, Any]) -> None:
         """Print what began or ended."""
-        shown = "  ".join(f"{key}={_plain(value)}" for key, value in fields.items() if value not in (None, ""))
+        shown = "  ".join(
+            f"{key}={_plain(value)}" for key, value in fields.items() if value not in (None, "")
+        )
         self._console.print(f"{name}: {shown}", markup=False, highlight=False)
 
     def step(self, rotation: Rotation, total: int) -> None:

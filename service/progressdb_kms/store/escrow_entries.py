@@ -14,10 +14,7 @@ from progressdb_kms.ports.escrow import SealedKek
 def encode_entry(sealed: Sequence[SealedKek]) -> str:
     """Return the entry of one KEK version."""
     return json.dumps(
-        [
-            {"recipient": item.recipient, "sealed": base64.b64encode(item.sealed).decode()}
-            for item in sealed
-        ],
+        [{"recipient": item.recipient, "sealed": base64.b64encode(item.sealed).decode()} for item in sealed],
         separators=(",", ":"),
     )
 

@@ -1,4 +1,4 @@
-"""A process's share in the work on all slots: the lock, the claims, patience with the store, the end on request."""
+"""A process's share in the work on all slots: lock, claims, patience with the store, the end on request."""
 
 from __future__ import annotations
 

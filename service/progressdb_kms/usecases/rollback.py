@@ -1,9 +1,9 @@
-"""Turning a rotation back: its target version is bad or lost, and its source version becomes the active one again.
+"""Turning a rotation back: its target version is bad or lost, so its source version becomes active again.
 
-Under a new fence, slot by slot: the floor is lowered, and where a record is under the target version and has a copy
-in the rotation's snapshot, that copy takes its place by compare-and-set. A record without a copy was made since, under
-the target version alone: it is left as it is and named, for it needs that version. No state is ever restored, and a
-destroyed key stays destroyed: it has no blob to compare with.
+Under a new fence, slot by slot: the floor is lowered, and where a record is under the target version and
+has a copy in the rotation's snapshot, that copy takes its place by compare-and-set. A record without a copy
+was made since, under the target version alone: it is left as it is and named, for it needs that version. No
+state is ever restored, and a destroyed key stays destroyed: it has no blob to compare with.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from progressdb_kms.ports import Claim, Lock
 
 _PASSES = 20
-"""Passes over a slot: instances that have not heard of the rollback yet may still wrap under the target version."""
+"""Passes over a slot: instances that have not heard of the rollback may still wrap under the target."""
 
 
 @dataclass(slots=True)
@@ -65,7 +65,7 @@ class Rollback(Crew):
         async with self._leading() as lock:
             rotation = await self._patiently(self._candidate)
             if rotation.step is Step.DISTRIBUTE:
-                # Nothing is wrapped under the target version yet: it stays staged, and a later rotation takes it.
+                # Nothing is wrapped under the target version: it stays staged, and a later rotation takes it.
                 return await self._finish(rotation, lock)
             if rotation.step is not Step.ROLLBACK:
                 rotation = replace(
@@ -109,7 +109,9 @@ class Rollback(Crew):
                 )
         source = parts.keks.view.keks.get(rotation.source_version)
         if source is None or source.state is KekState.RETIRED:
-            raise RotationRefused(f"KEK version {rotation.source_version} is retired: it can't be active again")
+            raise RotationRefused(
+                f"KEK version {rotation.source_version} is retired: it can't be active again"
+            )
         if source.version not in parts.keks.usable:
             raise RotationRefused(
                 f"KEK version {rotation.source_version}, which would be active again, is not loaded: add it"
@@ -131,8 +133,8 @@ class Rollback(Crew):
         if late or gone:
             names = ", ".join([*late, *(beat.instance for beat in gone)])
             parts.progress.warning(
-                f"stop these instances: until they have read the registry again they may make keys under the version"
-                f" that is rolled back: {names}"
+                f"stop these instances: until they have read the registry again they may make keys under the"
+                f" version that is rolled back: {names}"
             )
 
     async def _slot(self, rotation: Rotation, claim: Claim) -> Mapping[str, int]:

@@ -1,8 +1,8 @@
 """Rotation of the KEK: leading one, and working on a share of it.
 
-The leader holds the lock and moves the rotation from step to step (``domain.rotation`` says why in this order).
-The work of a step is offered slot by slot; the leader and any number of workers claim slots with a lease and a
-fencing token. Whoever dies leaves nothing but a lease that runs out.
+The leader holds the lock and moves the rotation from step to step (``domain.rotation`` says why in this
+order). The work of a step is offered slot by slot; the leader and any number of workers claim slots with a
+lease and a fencing token. Whoever dies leaves nothing but a lease that runs out.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Rotator(Crew):
                 rotation = await self._begin(lock)
             elif rotation.step is Step.ROLLBACK:
                 raise RotationRefused(
-                    f"rotation {rotation.rotation_id} is being rolled back: finish that with rotate --rollback"
+                    f"rotation {rotation.rotation_id} is being rolled back: finish that by rotate --rollback"
                 )
             while not rotation.finished_at:
                 self._go_on()
@@ -229,8 +229,8 @@ class Rotator(Crew):
             parts.progress.waiting(missing, [beat.instance for beat in gone])
             if parts.now() >= deadline:
                 raise InstancesMissing(
-                    f"KEK version {version} is not loaded by: {', '.join(missing)}; bring it to them or stop them,"
-                    " then run again"
+                    f"KEK version {version} is not loaded by: {', '.join(missing)}; bring it to them or"
+                    " stop them, then run again"
                 )
             self._go_on()
             await asyncio.sleep(IDLE)

@@ -1,7 +1,7 @@
 """What is known of rotations: for those who may ask, and for the metrics of every instance.
 
-A CronJob's own endpoint is never scraped, so that each instance of the service reads from the store what the job
-has written there.
+A CronJob's own endpoint is never scraped, so that each instance of the service reads from the store what
+the job has written there.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ async def test_needs_a_registry(source: FileKekSource) -> None:
 
 
 async def test_bound_to_store_version_and_key(source: FileKekSource, registry: MemoryStore) -> None:
-    """Sealed for one store or version, it opens for no other, and never to another key than the registered."""
+    """Sealed for one store or version, it opens for no other, and to no other key than the registered."""
     box = MemoryEscrowBox()
     private, one = recipient()
     await Escrow(box, registry, source, [one]).complete(2)
