@@ -19,6 +19,7 @@ from progressdb_kms.domain.keys import ALL_TAGS, DekRecord, NewDek, locate, new_
 from progressdb_kms.domain.rotation import Rotation
 from progressdb_kms.kek.file import FileKekSource
 from progressdb_kms.ports import Quarantined
+from progressdb_kms.usecases import crew as crew_module
 from progressdb_kms.usecases import rotation as rotation_module
 from progressdb_kms.usecases import slotwork as slotwork_module
 from progressdb_kms.usecases.keks import KekBook
@@ -185,13 +186,14 @@ async def make_scene(harness: Harness, folder: Path) -> Scene:
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let nobody wait long."""
-    monkeypatch.setattr(rotation_module, "IDLE", 0.01)
+    for module in (crew_module, rotation_module):
+        monkeypatch.setattr(module, "IDLE", 0.01)
 
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> Sequence[str]:
     """Let rotations have few slots, which makes them quick."""
-    for module in (rotation_module, slotwork_module):
+    for module in (crew_module, rotation_module, slotwork_module):
         monkeypatch.setattr(module, "ALL_TAGS", ALL_TAGS[::64])
     return ALL_TAGS[::64]
 
@@ -264,11 +266,11 @@ async def test_small_pages(scene: Scene) -> None:
 async def test_broken_off_and_resumed(scene: Scene, point: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Broken off at any point, the rotation is the same one when run again, and ends clean."""
     await scene.create(40)
-    monkeypatch.setattr(rotation_module, "LEASE", 0.0)
+    monkeypatch.setattr(crew_module, "LEASE", 0.0)
     with pytest.raises(BrokenOffError):
         await scene.rotator("killed", stop_at=point).run()
     (before,) = await scene.harness.store.rotation_ledger.list_rotations(10)
-    monkeypatch.setattr(rotation_module, "LEASE", 15.0)
+    monkeypatch.setattr(crew_module, "LEASE", 15.0)
     done = await scene.rotator("second").run(resume_only=True)
     if point == "complete:saved":
         assert done is None

@@ -208,13 +208,17 @@ class Bar:
         """Print who is waited for, when that changes."""
         if self._seldom.due((tuple(missing), tuple(gone))):
             if missing:
-                self._console.print(f"waiting for instances: {', '.join(missing)}", markup=False)
+                self._console.print(
+                    f"waiting for instances: {', '.join(missing)}", markup=False, highlight=False
+                )
             if gone:
-                self._console.print(f"no longer counted as live: {', '.join(gone)}", markup=False)
+                self._console.print(
+                    f"no longer counted as live: {', '.join(gone)}", markup=False, highlight=False
+                )
 
     def warning(self, text: str) -> None:
         """Print it."""
-        self._console.print(f"warning: {text}", markup=False, style="yellow")
+        self._console.print(f"warning: {text}", markup=False, highlight=False, style="yellow")
 
     def close(self) -> None:
         """Leave the bars as they are."""
