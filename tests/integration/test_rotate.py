@@ -215,6 +215,10 @@ def test_waits_for_an_instance_and_lets_nobody_else_lead(world: World, a: Instan
 def test_gives_up_waiting_and_goes_on_when_run_again(world: World, a: Instance, sealed: Sealed) -> None:
     """After --wait seconds the run ends with an error that names the instance; the next goes on at once."""
     a.pause()
+    stopped = Job(a)
+    stopped.wait_for("waiting")
+    stopped.process.send_signal(signal.SIGTERM)
+    assert stopped.result(75)["outcome"] == "stopped"
     job = Job(a, "--wait", "1")
     assert job.exit_code() == 1
     a.resume()

@@ -16,6 +16,7 @@ from progressdb_kms.domain.keys import DekRecord, KeyState, NewDek, StateChange,
 from progressdb_kms.ports import Changes, Heartbeat, KeyPage, Lock, RegistryView, StoreStatus
 from progressdb_kms.store.cursors import decode_cursor, encode_cursor
 from progressdb_kms.store.kek_states import RegistryChange, activated, retired, staged
+from progressdb_kms.store.memory_escrow import MemoryEscrowBox
 from progressdb_kms.store.memory_rotation import MemoryLedger, MemorySlots
 from progressdb_kms.store.states import apply_change, require_rewrappable
 
@@ -31,7 +32,8 @@ _STATUS: Final = StoreStatus(
 class MemoryStore:
     """Implements KeyStore, KekRegistry, Heartbeats and StoreHealth for one process and one event loop.
 
-    ``rotation_ledger`` and ``rotation_slots`` implement RotationLedger and RotationStore over the same keys.
+    ``rotation_ledger`` and ``rotation_slots`` implement RotationLedger and RotationStore over the same keys,
+    ``escrow`` implements EscrowBox.
 
     Never raises StoreUnavailable or StoreNotDurable: it is always there, and says in its status that it
     promises nothing beyond the life of the process.
@@ -49,6 +51,7 @@ class MemoryStore:
         self._wraps: Counter[int] = Counter()
         self._heartbeats: dict[str, Heartbeat] = {}
         self.rotation_ledger = MemoryLedger()
+        self.escrow = MemoryEscrowBox()
         self.rotation_slots = MemorySlots(self._records, self._slots, self._floors)
 
     @property
