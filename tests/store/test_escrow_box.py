@@ -12,7 +12,7 @@ ONE, TWO = SealedKek("aa" * 32, b"\x00\xff sealed"), SealedKek("bb" * 32, b"anot
 
 
 async def test_keeps_what_is_sealed(harness: Harness) -> None:
-    """What was saved of a version comes back, the later save in place of the earlier, other versions untouched."""
+    """What was saved comes back, a later save in place of the earlier, other versions untouched."""
     box = harness.store.escrow
     assert await box.load() == {}
     await box.save(1, [ONE])

@@ -35,7 +35,7 @@ class Said:
 
     def waiting(self, missing: Sequence[str], gone: Sequence[str]) -> None:
         """Keep who is waited for."""
-        self.waited.append(list(missing))
+        self.waited.append([*missing, *gone])
 
     def warning(self, text: str) -> None:
         """Keep it."""
@@ -101,7 +101,7 @@ async def test_what_was_made_since_is_named_and_kept(scene: Scene) -> None:
     await rotated(scene)
     old = set(scene.deks)
     await scene.create(5)
-    gone = sorted(old)[0]
+    gone = min(old)
     scene.harness.destroy(gone)
     made = back(scene)
     ended = await made.run()
@@ -122,7 +122,7 @@ async def test_a_copy_that_does_not_open_replaces_nothing(
     """A damaged copy is named, and the record keeps the blob that it has."""
     await rotated(scene)
     slots = scene.harness.store.rotation_slots
-    bad = sorted(scene.deks)[0]
+    bad = min(scene.deks)
     page = slots.page
 
     async def damaged(*args: object, **options: object) -> object:
@@ -146,8 +146,8 @@ async def test_a_copy_that_does_not_open_replaces_nothing(
 
 
 async def test_copies_under_a_still_older_version_are_wrapped_anew(scene: Scene) -> None:
-    """What an incomplete rotation left under version 1 comes back under 2, the version that is active again."""
-    victim = sorted(scene.deks)[0]
+    """What an incomplete rotation left under version 1 comes back under 2, which is active again."""
+    victim = min(scene.deks)
     (record,) = await scene.harness.store.keys.get([victim])
     assert record is not None
     good = record.wrapped
@@ -155,7 +155,7 @@ async def test_copies_under_a_still_older_version_are_wrapped_anew(scene: Scene)
     first = await scene.rotator().run()
     assert first is not None
     assert first.outcome == "incomplete"
-    # As a restore of the backup would, but under the old version: what the floor forbids to everybody else.
+    # As a restore of the backup would, but under the old version, which the floor forbids.
     scene.harness.set_floor(record.thread_id, 0)
     await scene.damage(victim, good)
     scene.harness.set_floor(record.thread_id, 2)
@@ -249,7 +249,7 @@ async def test_a_lost_lock_ends_it(scene: Scene, monkeypatch: pytest.MonkeyPatch
     await scene.harness.store.heartbeats.beat(Heartbeat("late", 1_700_000_100.0, 0, "1", (1, 2), 2, ""))
     parts = replace(scene.rotator()._parts, progress=Said())
     running = asyncio.create_task(Rollback(parts, Conduct(wait=1000), "first").run())
-    while (await ledger.list_rotations(1))[0].step is not Step.ROLLBACK:
+    while (await ledger.list_rotations(1))[0].step is not Step.ROLLBACK:  # noqa: ASYNC110 - the store tells nobody
         await asyncio.sleep(0.01)
     await ledger.acquire("second", 60)
     with pytest.raises(Fenced):

@@ -188,7 +188,8 @@ def test_rotation_and_escrow() -> None:
     ).rotation.kubernetes
     assert found is not None
     assert found.key == "kek.yaml"
-    for bad in ({"recipients": []}, "off", {}, {"recipients": ["a"], "x": 1}):
+    mistakes: list[Any] = [{"recipients": []}, "off", {}, {"recipients": ["a"], "x": 1}]
+    for bad in mistakes:
         with pytest.raises(SettingsInvalid):
             parse_settings(document() | {"escrow": bad}, BASE)
     escrow = parse_settings(document() | {"escrow": {"recipients": ["r.pub"]}}, BASE).escrow

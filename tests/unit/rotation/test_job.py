@@ -14,9 +14,10 @@ import pytest
 
 import progressdb_kms
 from progressdb_kms.domain.errors import Fenced, KmsError, RotationRefused, RotationRunning
+from progressdb_kms.domain.rotation import Rotation
 from progressdb_kms.rotation import job
 from progressdb_kms.settings import Settings, parse_settings
-from progressdb_kms.usecases.rotation import Interrupted, Rotation
+from progressdb_kms.usecases.rotation import Interrupted
 
 
 class Report:

@@ -93,7 +93,7 @@ def test_waiting_is_told_on_change_and_every_few_seconds() -> None:
 
 
 def test_a_terminal_gets_a_bar() -> None:
-    """Steps, rate, names that are waited for, warnings and the result are to be seen; markup is not interpreted."""
+    """Steps, rate, names that are waited for, warnings and the result are shown, markup as it stands."""
     stream = io.StringIO()
     bar = Bar(Console(file=stream, force_terminal=True, width=200))
     bar.event("start", {"census": {"1": 3}, "resumes": None})

@@ -175,7 +175,7 @@ async def test_a_worn_kek_warns_and_then_wraps_no_more(world: World) -> None:
 
 
 async def test_a_needed_version_that_is_not_loaded_is_looked_for(tmp_path: Path) -> None:
-    """An instance that slept through a rotation reads its KEK file when it learns of the new active version."""
+    """An instance that slept through a rotation reads its KEK file when it learns of the new version."""
     store = MemoryStore()
     path = write_keks(tmp_path / "kek", v1="kek 1")
     source = FileKekSource(path)
