@@ -243,12 +243,16 @@ async def rotate(socket: str, kek_file: str, page: int, profile: str) -> dict[st
     ):
         redis_cpu = spent[2 * number] - spent[2 * number - 1] if number else 0.0
         result[step] = {"seconds": until - at, "cpu": cpu_until - cpu, "redis": redis_cpu}
-    # Not ru_maxrss, which a process inherits from the one that started it.
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    result["rss"] = int(status.partition("VmHWM:")[2].split()[0]) / 1024
+    result["rss"] = most_memory()
     result["outcome"] = rotation.outcome if rotation else "none"
     await store.close()
     return result
+
+
+def most_memory() -> float:
+    """Return the most MiB that this process had resident: not ru_maxrss, which is inherited from the starter."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 if __name__ == "__main__":
