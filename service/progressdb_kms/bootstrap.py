@@ -8,7 +8,7 @@ import json
 import secrets
 import signal
 import time
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +24,15 @@ from progressdb_kms.domain.errors import (
     KmsError,
     OperatorError,
     PolicyInvalid,
+    RegistryLost,
+    RotationRefused,
     SettingsInvalid,
 )
 from progressdb_kms.domain.policy import Policy, parse_policy
 from progressdb_kms.files import Watch
+from progressdb_kms.kek.escrow import Escrow, load_recipients
 from progressdb_kms.kek.file import FileKekSource
+from progressdb_kms.kek.staging import ExternalKekStager, FileKekStager
 from progressdb_kms.observability.logs import configure_logs
 from progressdb_kms.observability.metrics import CONTENT_TYPE, Metrics
 from progressdb_kms.process import allow_descriptors, harden
@@ -38,18 +42,22 @@ from progressdb_kms.store.settings import StoreSettings
 from progressdb_kms.transport.server import Server
 from progressdb_kms.transport.tls import TlsHolder
 from progressdb_kms.usecases.context import Bounds, Kms, boottime
+from progressdb_kms.usecases.crew import Parts, Progress
 from progressdb_kms.usecases.keks import KekBook
 from progressdb_kms.usecases.keycache import DekCache
 from progressdb_kms.usecases.loading import Loader
+from progressdb_kms.usecases.rotationwatch import RotationWatch
 from progressdb_kms.usecases.session import PolicyBook, Session
 from progressdb_kms.usecases.upkeep import Upkeep
 from progressdb_kms.yamlfile import read_yaml
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
     from pathlib import Path
 
     from progressdb_kms.domain.identity import Identity
+    from progressdb_kms.ports import KekStager, RegistryView
+    from progressdb_kms.ports.escrow import SealedKek
 
 log = structlog.get_logger(__name__)
 
@@ -154,6 +162,97 @@ def load_policy(path: Path) -> tuple[Policy, str]:
     return policy, hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:16]
 
 
+@asynccontextmanager
+async def rotation_parts(settings: Settings, progress: Progress) -> AsyncIterator[Parts]:
+    """Give what a rotation works with, over the service's own store and KEK source.
+
+    Args:
+        settings: The service's configuration.
+        progress: Who is told how the run gets on.
+
+    Raises:
+        OperatorError: A file that it needs can't be used, or the store holds no registry yet.
+        StoreUnavailable: The store does not answer.
+    """
+    configure_logs(settings.log.level, settings.log.format)
+    for line in harden():
+        log.warning("hardening", detail=line)
+    metrics = Metrics()
+    watch = Watch([settings.kek.path], lambda: _reload(source, keks))
+    source = kek_source(settings)
+    store = await open_store(store_settings(settings), observer=metrics)
+    keks = KekBook(source=source, registry=store.registry, observer=metrics, look_again=source.reload)
+    try:
+        if await store.registry.load() is None:
+            raise RotationRefused("the store holds no KEK registry yet: start the service on it first")
+        await keks.refresh()
+        recipients = () if settings.escrow == "none" else load_recipients(settings.escrow.recipients)
+        escrow = Escrow(store.escrow, store.registry, source, recipients)
+        watching = asyncio.create_task(watch.run())
+        try:
+            yield Parts(
+                ledger=store.rotation_ledger,
+                slots=store.rotation_slots,
+                registry=store.registry,
+                heartbeats=store.heartbeats,
+                stager=_kek_stager(settings, source, keks, escrow),
+                keks=keks,
+                progress=progress,
+                now=time.time,
+                census=store.keys.census,
+                audit=StdoutAuditLog(secrets.token_hex(8)),
+            )
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+    finally:
+        await store.close()
+
+
+async def read_escrow(settings: Settings) -> tuple[Mapping[int, Sequence[SealedKek]], RegistryView]:
+    """Return what the store's escrow holds, and its registry. Needs no KEK.
+
+    Raises:
+        RegistryLost: The store holds no registry.
+        BackupInvalid: An entry can't be read.
+        StoreUnavailable: The store does not answer.
+    """
+    store = await open_store(store_settings(settings))
+    try:
+        view = await store.registry.load()
+        if view is None:
+            raise RegistryLost("the store holds no KEK registry")
+        return await store.escrow.load(), view
+    finally:
+        await store.close()
+
+
+async def _reload(source: FileKekSource, keks: KekBook) -> None:
+    try:
+        source.reload(keks.required())
+        await keks.refresh()
+    except KmsError as error:
+        log.warning("reload_failed", what="kek", detail=error.detail)
+
+
+def _kek_stager(settings: Settings, source: FileKekSource, keks: KekBook, escrow: Escrow) -> KekStager:
+    rotation = settings.rotation
+    if rotation.distribute == "external":
+        return ExternalKekStager(source, keks.required, escrow, rotation.wait)
+    if settings.kek.management == "file" or rotation.kubernetes is None:
+        return FileKekStager(source, keks.required, escrow)
+    # Needs the extra `kubernetes`, which nothing else does.
+    try:
+        from progressdb_kms.kek.kubernetes import KubernetesKekStager, SecretRef  # noqa: PLC0415 - see above
+    except ModuleNotFoundError:
+        raise RotationRefused(
+            "kek.management kubernetes needs another package: pip install 'progressdb-kms[kubernetes]'"
+        ) from None
+
+    ref = SecretRef(rotation.kubernetes.namespace, rotation.kubernetes.secret, rotation.kubernetes.key)
+    return KubernetesKekStager(ref, source, keks.required, escrow, rotation.wait)
+
+
 def openapi() -> dict[str, Any]:
     """Return the OpenAPI description under the default limits."""
     return openapi_document(Limits())
@@ -196,7 +295,12 @@ class Service:
         """
         settings = self.settings
         self.store: RedisStore = await open_store(self.store_settings, observer=self.metrics)
-        self.keks = KekBook(source=self.source, registry=self.store.registry, observer=self.metrics)
+        self.keks = KekBook(
+            source=self.source,
+            registry=self.store.registry,
+            observer=self.metrics,
+            look_again=self.source.reload,
+        )
         cache = DekCache(
             max_keys=settings.cache.max_keys,
             ttl=settings.cache.ttl,
@@ -226,8 +330,11 @@ class Service:
             release=__version__,
             instance=instance,
         )
+        self.rotations = RotationWatch(self.keks, self.store.keys, self.store.rotation_ledger)
         self.server = Server(
-            app=create_app(Api(kms, loader, settings.limits, self.metrics.request)),
+            app=create_app(
+                Api(kms, loader, settings.limits, self.metrics.request, self.store.rotation_ledger)
+            ),
             admin_app=AdminApp(self.unready, self.metrics.render, CONTENT_TYPE),
             listen=settings.listen,
             admin=settings.admin,
@@ -243,6 +350,7 @@ class Service:
         self._started = True
         self.upkeep.start()
         self._tasks = [asyncio.create_task(watch.run()) for watch in self._watches]
+        self._tasks.append(asyncio.create_task(self.rotations.run()))
 
     async def _meet_store(self) -> None:
         """Wait until the store answers, then check that it is fit and that its keys are under our KEKs."""
@@ -326,6 +434,7 @@ class Service:
             "Ways in which the store could lose keys.",
             lambda: len(self.store.health.status.problems),
         )
+        metrics.facts(lambda: self.rotations.facts(time.time()))
         if self.tls is not None:
             tls = self.tls
             expiry = metrics.labelled_gauge(

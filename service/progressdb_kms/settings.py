@@ -67,10 +67,17 @@ class Tls(_Section, frozen=True, kw_only=True):
 
 
 class Kek(_Section, frozen=True, kw_only=True):
-    """Where key-encryption keys come from."""
+    """Where key-encryption keys come from.
+
+    Attributes:
+        path: The KEK file.
+        management: Who a rotation gives a new version to: the file itself, or the Kubernetes Secret (named in
+            ``rotation.kubernetes``) that it is mounted from.
+    """
 
     source: Literal["file"] = "file"
     path: Path
+    management: Literal["file", "kubernetes"] = "file"
 
 
 class StoreTls(_Section, frozen=True, kw_only=True):
@@ -172,6 +179,38 @@ class Destruction(_Section, frozen=True, kw_only=True):
     waiting_days: Annotated[int, Meta(ge=7, le=30)] = 30
 
 
+class KubernetesSecret(_Section, frozen=True, kw_only=True):
+    """The one Secret, and the key in it, that the KEK file is mounted from."""
+
+    namespace: Annotated[str, Meta(pattern="^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")]
+    secret: Annotated[str, Meta(pattern="^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$")]
+    key: Annotated[str, Meta(pattern="^[-._a-zA-Z0-9]{1,253}$")] = "kek.yaml"
+
+
+class Rotation(_Section, frozen=True, kw_only=True):
+    """How the rotation job goes about its work; options of the command override it.
+
+    Attributes:
+        distribute: ``patch`` adds the new KEK version at the source; ``external`` takes what is added there.
+        kubernetes: The Secret, for ``kek.management: kubernetes``.
+        wait: For all live instances, and the job's own KEK file, to show the new version.
+        batch: Records in one call of the store.
+        max_rate: Records a second, 0 for as many as will go.
+    """
+
+    distribute: Literal["patch", "external"] = "patch"
+    kubernetes: KubernetesSecret | None = None
+    wait: SecondsOrZero = 120
+    batch: Annotated[int, Meta(ge=1, le=1000)] = 250
+    max_rate: Annotated[int, Meta(ge=0, le=10_000_000)] = 0
+
+
+class Escrow(_Section, frozen=True, kw_only=True):
+    """Recovery public keys (X25519, PEM) that each KEK version is sealed to."""
+
+    recipients: Annotated[tuple[Path, ...], Meta(min_length=1)]
+
+
 class Log(_Section, frozen=True, kw_only=True):
     """Logs go to standard error, one JSON object a line, or coloured text for people."""
 
@@ -192,6 +231,8 @@ class Settings(_Section, frozen=True, kw_only=True):
     cache: Cache = msgspec.field(default_factory=Cache)
     drain: Drain = msgspec.field(default_factory=Drain)
     destruction: Destruction = msgspec.field(default_factory=Destruction)
+    rotation: Rotation = msgspec.field(default_factory=Rotation)
+    escrow: Escrow | Literal["none"] = "none"
     log: Log = msgspec.field(default_factory=Log)
 
 
@@ -259,3 +300,13 @@ def _check(settings: Settings) -> None:
         )
     if store.tls is not None and (store.tls.cert is None) != (store.tls.key is None):
         raise SettingsInvalid("configuration: store.tls needs cert and key together, or neither")
+    rotation = settings.rotation
+    if (
+        settings.kek.management == "kubernetes"
+        and rotation.distribute == "patch"
+        and rotation.kubernetes is None
+    ):
+        raise SettingsInvalid(
+            "configuration: kek.management kubernetes needs rotation.kubernetes: which Secret holds the"
+            " KEK file?"
+        )

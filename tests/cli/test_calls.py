@@ -151,8 +151,8 @@ def test_kek_status(call: Command, dev: Dev, key_id: str) -> None:
     """The census of the running service, as a table and as JSON."""
     census = call("kek", "status", "--json").json
     assert census["active"] == 1
-    assert census["keks"][0]["deks"] >= 1
-    assert census["keks"][0]["kek_id"] in call("kek", "status").out
+    assert census["versions"][0]["deks"] >= 1
+    assert census["versions"][0]["fingerprint"] in call("kek", "status").out
 
 
 def test_tables_are_drawn_on_a_terminal(

@@ -31,6 +31,8 @@ ROUTES = {
     "/v1/keys/{key_id}/schedule-destruction": {"post"},
     "/v1/keys/{key_id}/cancel-destruction": {"post"},
     "/v1/keks": {"get"},
+    "/v1/rotations": {"get"},
+    "/v1/rotations/{rotation_id}": {"get"},
     "/openapi.json": {"get"},
 }
 

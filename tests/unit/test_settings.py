@@ -171,3 +171,27 @@ def test_no_document_breaks_the_parser(changed: dict[str, Any]) -> None:
     """Whatever stands in the file: settings, or SettingsInvalid."""
     with contextlib.suppress(SettingsInvalid):
         assert isinstance(parse_settings(document(**changed), BASE), Settings)
+
+
+def test_rotation_and_escrow() -> None:
+    """A Secret to patch has to be named; recovery keys are paths, and none is said as `none`."""
+    settings = parse_settings(document(), BASE)
+    assert settings.escrow == "none"
+    assert (settings.rotation.distribute, settings.kek.management) == ("patch", "file")
+    kek = {"path": "kek.yaml", "management": "kubernetes"}
+    with pytest.raises(SettingsInvalid, match=r"needs rotation\.kubernetes"):
+        parse_settings(document() | {"kek": kek}, BASE)
+    parse_settings(document() | {"kek": kek, "rotation": {"distribute": "external"}}, BASE)
+    secret = {"namespace": "kms", "secret": "kek"}
+    found = parse_settings(
+        document() | {"kek": kek, "rotation": {"kubernetes": secret}}, BASE
+    ).rotation.kubernetes
+    assert found is not None
+    assert found.key == "kek.yaml"
+    mistakes: list[Any] = [{"recipients": []}, "off", {}, {"recipients": ["a"], "x": 1}]
+    for bad in mistakes:
+        with pytest.raises(SettingsInvalid):
+            parse_settings(document() | {"escrow": bad}, BASE)
+    escrow = parse_settings(document() | {"escrow": {"recipients": ["r.pub"]}}, BASE).escrow
+    assert not isinstance(escrow, str)
+    assert escrow.recipients == (BASE / "r.pub",)

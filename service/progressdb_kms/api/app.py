@@ -31,6 +31,7 @@ from progressdb_kms.usecases.messages import JSON, MSGPACK, encode
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from progressdb_kms.ports import RotationLedger
     from progressdb_kms.settings import Limits
     from progressdb_kms.usecases.context import Kms
     from progressdb_kms.usecases.loading import Loader
@@ -54,12 +55,14 @@ class Api:
         loader: Fetches cold keys.
         limits: Body sizes and times.
         counted: Called for each answer: route, status, code, identity_kind, seconds.
+        rotations: Tells of rotations.
     """
 
     kms: Kms
     loader: Loader
     limits: Limits
     counted: Counted
+    rotations: RotationLedger
 
 
 def create_app(api: Api) -> Quart:
@@ -111,6 +114,7 @@ def _view(api: Api, hot: Hot, route: Route) -> Callable[..., Awaitable[Response]
                 kms=api.kms,
                 hot=hot,
                 loader=api.loader,
+                rotations=api.rotations,
                 session=session,
                 request_id=request_id,
                 content_type=content_type,

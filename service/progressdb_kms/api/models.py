@@ -9,6 +9,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 if TYPE_CHECKING:
     from progressdb_kms.domain.keys import DekRecord
+    from progressdb_kms.domain.rotation import Rotation
 
 
 class KeyView(Struct, frozen=True):
@@ -61,6 +62,26 @@ class KekList(Struct, frozen=True):
     keks: list[KekView]
 
 
+class RotationView(Struct, frozen=True):
+    """A rotation of the KEK: what it brings, its step, what it has done so far, and how it ended."""
+
+    rotation_id: str
+    source_version: str
+    target_version: str
+    step: str
+    started_at: str
+    step_at: str
+    finished_at: str | None
+    outcome: str
+    counts: dict[str, int]
+
+
+class RotationList(Struct, frozen=True):
+    """The latest rotations, newest first."""
+
+    rotations: list[RotationView]
+
+
 class Health(Struct, frozen=True):
     """Said while the service serves."""
 
@@ -86,4 +107,19 @@ def view_of(record: DekRecord) -> KeyView:
         changed_at=rfc3339(record.changed_at or record.created_at),
         uses=record.uses,
         destroy_at=UNSET if record.destroy_at is None else rfc3339(record.destroy_at),
+    )
+
+
+def rotation_view(rotation: Rotation) -> RotationView:
+    """Return what is shown of a rotation."""
+    return RotationView(
+        rotation_id=rotation.rotation_id,
+        source_version=str(rotation.source_version),
+        target_version=str(rotation.target_version),
+        step=str(rotation.step),
+        started_at=rfc3339(rotation.started_at),
+        step_at=rfc3339(rotation.step_at),
+        finished_at=None if rotation.finished_at is None else rfc3339(rotation.finished_at),
+        outcome=rotation.outcome or "running",
+        counts=dict(rotation.counts),
     )

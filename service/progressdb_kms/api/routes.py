@@ -17,8 +17,11 @@ from progressdb_kms.api.models import (
     KekView,
     KeyList,
     KeyView,
+    RotationList,
+    RotationView,
     ScheduleDestruction,
     rfc3339,
+    rotation_view,
     view_of,
 )
 from progressdb_kms.domain.errors import (
@@ -30,7 +33,7 @@ from progressdb_kms.domain.errors import (
 )
 from progressdb_kms.domain.keys import KeyState, StateChange
 from progressdb_kms.domain.policy import Permission
-from progressdb_kms.usecases import lifecycle
+from progressdb_kms.usecases import lifecycle, rotationwatch
 from progressdb_kms.usecases.encryption import Hot, failed
 from progressdb_kms.usecases.lifecycle import Wanted
 from progressdb_kms.usecases.messages import (
@@ -54,6 +57,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
     from progressdb_kms.domain.keys import DekRecord
+    from progressdb_kms.ports import RotationLedger
     from progressdb_kms.usecases.context import Kms
     from progressdb_kms.usecases.loading import Loader
     from progressdb_kms.usecases.session import Session
@@ -75,6 +79,7 @@ class Call:
     kms: Kms
     hot: Hot
     loader: Loader
+    rotations: RotationLedger
     session: Session
     request_id: str
     content_type: str
@@ -227,18 +232,22 @@ async def list_keys(call: Call) -> bytes:
         state = KeyState(given["state"]) if "state" in given else None
     except ValueError:
         raise InvalidParameter(f"state is one of {', '.join(KeyState)}") from None
-    limit = given.get("limit", str(PAGE_DEFAULT))
-    if not _LIMIT.fullmatch(limit) or int(limit) > PAGE_MAX:
-        raise InvalidParameter(f"limit is 1 to {PAGE_MAX}")
     page = await lifecycle.list_keys(
         call.kms,
         call.session,
         thread_id=given.get("thread_id"),
         state=state,
-        limit=int(limit),
+        limit=_limit(given),
         cursor=given.get("cursor"),
     )
     return call.answer(KeyList([view_of(record) for record in page.records], page.cursor))
+
+
+def _limit(given: Mapping[str, str]) -> int:
+    limit = given.get("limit", str(PAGE_DEFAULT))
+    if not _LIMIT.fullmatch(limit) or int(limit) > PAGE_MAX:
+        raise InvalidParameter(f"limit is 1 to {PAGE_MAX}")
+    return int(limit)
 
 
 async def get_key(call: Call) -> bytes:
@@ -289,6 +298,21 @@ async def list_keks(call: Call) -> bytes:
     )
 
 
+async def list_rotations(call: Call) -> bytes:
+    """List rotations."""
+    limit = _limit(call.parameters("limit"))
+    found = await rotationwatch.list_rotations(call.rotations, call.session, limit)
+    return call.answer(RotationList([rotation_view(rotation) for rotation in found]))
+
+
+async def get_rotation(call: Call) -> bytes:
+    """Show a rotation."""
+    call.parameters()
+    found = await rotationwatch.get_rotation(call.rotations, call.session, call.path["rotation_id"])
+    return call.answer(rotation_view(found))
+
+
+_LIMIT_SCHEMA: Final = {"type": "integer", "minimum": 1, "maximum": PAGE_MAX, "default": PAGE_DEFAULT}
 _KEY_ID: Final = {"type": "string"}
 _SUMMARIES: Final = {
     StateChange.DISABLE: "Refuse all use of a key until it is enabled again",
@@ -370,7 +394,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         parameters={
             "thread_id": {"type": "string"},
             "state": {"type": "string", "enum": [str(state) for state in KeyState]},
-            "limit": {"type": "integer", "minimum": 1, "maximum": PAGE_MAX, "default": PAGE_DEFAULT},
+            "limit": _LIMIT_SCHEMA,
             "cursor": {"type": "string"},
         },
     ),
@@ -395,5 +419,17 @@ ROUTES: Final[tuple[Route, ...]] = (
         "Show KEK versions and how many keys each wraps",
         Permission.READ,
         KekList,
+    ),
+    Route(
+        "GET",
+        "/v1/rotations",
+        list_rotations,
+        "List rotations of the KEK, the latest first",
+        None,
+        RotationList,
+        parameters={"limit": _LIMIT_SCHEMA},
+    ),
+    Route(
+        "GET", "/v1/rotations/<rotation_id>", get_rotation, "Show a rotation of the KEK", None, RotationView
     ),
 )

@@ -25,6 +25,8 @@ _COMMANDS: Final = {
     "keys": "keys:keys",
     "openapi": "serve:openapi",
     "pki": "pki_commands:pki",
+    "rotate": "rotate:rotate",
+    "rotations": "rotations:rotations",
     "serve": "serve:serve",
     "version": "version:version",
 }

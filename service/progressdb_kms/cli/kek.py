@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from progressdb_kms.cli.connection import Connection, connection_options
+from progressdb_kms.cli.kek_escrow import escrow
 from progressdb_kms.cli.output import json_option, print_json, print_table
 from progressdb_kms.domain.keyring import kek_id_of
 from progressdb_kms.kek.init import init_kek_file
@@ -16,6 +17,9 @@ from progressdb_kms.kek.init import init_kek_file
 @click.group()
 def kek() -> None:
     """Key-encryption keys."""
+
+
+kek.add_command(escrow)
 
 
 @kek.command()
@@ -40,7 +44,8 @@ def status(connection: Connection, *, as_json: bool) -> None:
     with connection.admin() as service:
         census = service.keks()
     if as_json:
-        print_json(asdict(census))
+        versions = [asdict(kek) | {"fingerprint": kek.kek_id} for kek in census.keks]
+        print_json({"active": census.active, "versions": versions})
         return
     columns = (
         "version",

@@ -33,6 +33,7 @@ from progressdb_kms.client.types import (
     KekStatus,
     KeyInfo,
     Rewrapped,
+    RotationInfo,
     Wrapped,
 )
 from progressdb_kms.domain.errors import KmsError
@@ -56,6 +57,7 @@ __all__ = [
     "ProviderClosed",
     "RemoteError",
     "Rewrapped",
+    "RotationInfo",
     "SyncKmsProvider",
     "TlsFailed",
     "TransportError",

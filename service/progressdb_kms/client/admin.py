@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
+from urllib.parse import quote
 
 import msgspec
 
@@ -13,7 +14,7 @@ from progressdb_kms.client.errors import EndpointInvalid, ProtocolViolation
 from progressdb_kms.client.exchange import Options
 from progressdb_kms.client.opening import ConnectOptions, open_sync_sender
 from progressdb_kms.client.protocol import Call, key_path
-from progressdb_kms.client.types import KekCensus, KeyInfo, Rewrapped
+from progressdb_kms.client.types import KekCensus, KeyInfo, Rewrapped, RotationInfo, RotationInfos
 
 T = TypeVar("T")
 
@@ -123,6 +124,23 @@ class AdminClient:
     def keks(self) -> KekCensus:
         """Return all KEK versions and how many keys each wraps."""
         return self._send(Call("GET", "/v1/keks", KekCensus))
+
+    def rotations(self, limit: int = 20) -> list[RotationInfo]:
+        """Return the latest rotations of the KEK, newest first.
+
+        Args:
+            limit: At most so many, up to 1,000.
+        """
+        call = Call("GET", "/v1/rotations", RotationInfos, query={"limit": str(limit)})
+        return self._send(call).rotations
+
+    def rotation(self, rotation_id: str) -> RotationInfo:
+        """Return a rotation of the KEK.
+
+        Raises:
+            RouteNotFound: There is none of this name.
+        """
+        return self._send(Call("GET", f"/v1/rotations/{quote(rotation_id, safe='')}", RotationInfo))
 
     def openapi(self) -> dict[str, Any]:
         """Return the service's description of its own API (OpenAPI 3.1)."""

@@ -133,3 +133,35 @@ class KekCensus:
 
     active: int
     keks: list[KekStatus]
+
+
+@dataclass(frozen=True, slots=True)
+class RotationInfo:
+    """A rotation of the KEK. Times are RFC 3339 strings.
+
+    Attributes:
+        rotation_id: Its name.
+        source_version: The KEK version that was active before.
+        target_version: The one that it brings.
+        step: What is to be done next, or how it ended.
+        outcome: ``running``, ``clean``, ``incomplete`` or ``rolled_back``.
+        counts: Records dealt with so far, by name.
+        started_at: When it began.
+        finished_at: When it ended, None while it runs.
+    """
+
+    rotation_id: str
+    source_version: int
+    target_version: int
+    step: str
+    outcome: str
+    counts: dict[str, int]
+    started_at: str | None = None
+    finished_at: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RotationInfos:
+    """The latest rotations, newest first."""
+
+    rotations: list[RotationInfo]

@@ -17,6 +17,7 @@ the tag fails. The DEK's own version is in neither, since the store assigns it a
 
 from __future__ import annotations
 
+from struct import Struct
 from typing import Final, NamedTuple
 
 from cryptography.exceptions import InvalidTag
@@ -41,6 +42,8 @@ USES_LIMIT: Final = 2**32 - 2**28
 the uses that instances may spend without having counted them."""
 
 _WRAP_LABEL: Final = b"progressdb-kms/wrap"
+_length = Struct(">I").pack
+_AAD_HEAD: Final = _length(len(_WRAP_LABEL)) + _WRAP_LABEL + _length(1) + bytes([WRAP_FORMAT])
 
 
 class Blob(NamedTuple):
@@ -56,8 +59,8 @@ class Blob(NamedTuple):
 
 def wrap_aad(key_id: str, thread_id: str) -> bytes:
     """Return the AAD that binds a wrapped DEK to its record."""
-    parts = (_WRAP_LABEL, bytes([WRAP_FORMAT]), key_id.encode(), thread_id.encode())
-    return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
+    key, thread = key_id.encode(), thread_id.encode()
+    return _AAD_HEAD + _length(len(key)) + key + _length(len(thread)) + thread
 
 
 def pack_blob(kek_version: int, body: bytes) -> bytes:

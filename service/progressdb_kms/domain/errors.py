@@ -20,7 +20,8 @@ The tree, by whose fault it is::
     |   |   NotReady
     |   `-- InternalError
     `-- OperatorError           refused at start or in a command: never sent over HTTP
-        `-- KekMismatch, KekFileInvalid, RegistryLost, SettingsInvalid, PolicyInvalid, TlsInvalid
+        `-- KekMismatch, KekFileInvalid, RegistryLost, SettingsInvalid, PolicyInvalid, TlsInvalid,
+            RotationRunning, RotationRefused, InstancesMissing, Fenced, BackupInvalid
 
 "Wrong key or forged" (``AuthenticationFailed``), "malformed" (``MalformedCiphertext``), "not found",
 "disabled" and "store unavailable" are different classes by contract: a caller does something else about
@@ -321,6 +322,36 @@ class PolicyInvalid(OperatorError):
 
 class TlsInvalid(OperatorError):
     code = "tls_invalid"
+
+
+class RotationRunning(OperatorError):
+    """Another run leads a rotation now."""
+
+    code = "rotation_running"
+
+
+class RotationRefused(OperatorError):
+    """A rotation, restore or retirement that would endanger data, or that nothing is there for."""
+
+    code = "rotation_refused"
+
+
+class InstancesMissing(OperatorError):
+    """Live instances have not loaded the new KEK version in time; running again goes on waiting."""
+
+    code = "instances_missing"
+
+
+class Fenced(OperatorError):
+    """Another run has taken over what this one worked on: it must stop, and has done no harm."""
+
+    code = "fenced"
+
+
+class BackupInvalid(OperatorError):
+    """A backup is damaged, or not of this store or these KEKs."""
+
+    code = "backup_invalid"
 
 
 def _walk(cls: type[KmsError]) -> list[type[KmsError]]:

@@ -19,7 +19,7 @@ import yaml
 
 from progressdb_kms.domain.envelope import MAX_KEK_VERSION, NONCE_BYTES, unwrap, wrap
 from progressdb_kms.domain.errors import KekFileInvalid, KmsError, WrappedKeyInvalid
-from progressdb_kms.domain.keyring import KEK_BYTES, Keyring
+from progressdb_kms.domain.keyring import KEK_BYTES, Keyring, check_value
 from progressdb_kms.files import read_private
 
 if TYPE_CHECKING:
@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 
 _HEX_KEY: Final = re.compile(rf"[0-9a-fA-F]{{{2 * KEK_BYTES}}}")
 _VERSION: Final = re.compile(r"[1-9][0-9]{0,7}")
+_HEAD: Final = """\
+# Key-encryption keys by version. Whoever has this file and the store's data can read every message;
+# whoever loses it can read none. Keep a copy in a safe place, and never change a version that is in use.
+versions:
+"""
 _SHAPE: Final = "write either master_key_hex: <64 hex digits>, or versions: {1: <64 hex digits>, ...}"
 
 
@@ -49,9 +54,29 @@ class FileKekSource:
     def __repr__(self) -> str:
         return f"FileKekSource({str(self._path)!r}, versions={sorted(self.versions())})"
 
+    @property
+    def path(self) -> Path:
+        """The KEK file."""
+        return self._path
+
     def versions(self) -> frozenset[int]:
         """Return the versions that are loaded now."""
         return self._keyring.versions
+
+    def export(self, version: int) -> bytes:
+        """Return a loaded version's raw key, for its escrow alone.
+
+        The key comes from the file, since nothing in memory gives it back, and only if it is the loaded one.
+
+        Raises:
+            KekUnavailable: Not loaded.
+            KekFileInvalid: The file can't be read, or holds another key under this version by now.
+        """
+        value = self._keyring.check_value(version)
+        key = read_keys(self._path).get(version)
+        if key is None or not _same(check_value(key), value):
+            raise KekFileInvalid(f"{self._path}: KEK version {version} is not the key that is loaded")
+        return key
 
     def source_key(self, version: int) -> str:
         """Return the file's own name for a version: its number."""
@@ -141,11 +166,42 @@ def load_keyring(path: Path) -> Keyring:
         KekFileInvalid: It can't be read, others can read it, or it is not of the form above; one line that
             names the file and what to change, and never shows its text.
     """
-    data = read_private(path, error=KekFileInvalid)
+    return Keyring(read_keys(path))
+
+
+def read_keys(path: Path) -> dict[int, bytes]:
+    """Read a KEK file and return the raw keys by version: for what stages, escrows and recovers them.
+
+    Raises:
+        KekFileInvalid: As ``load_keyring``.
+    """
+    return parse_keys(read_private(path, error=KekFileInvalid), str(path))
+
+
+def parse_keys(data: bytes, name: str) -> dict[int, bytes]:
+    """Return the raw keys by version of a KEK file's content.
+
+    Args:
+        data: The content.
+        name: What to call it in a message.
+
+    Raises:
+        KekFileInvalid: It is not of the form above.
+    """
     try:
-        return Keyring(_parse(data))
+        keys = _parse(data)
+        Keyring(keys)
     except KekFileInvalid as error:
-        raise KekFileInvalid(f"{path}: {error.detail}") from None
+        raise KekFileInvalid(f"{name}: {error.detail}") from None
+    return keys
+
+
+def render_keys(keys: Mapping[int, bytes]) -> bytes:
+    """Return the content of a KEK file with these versions."""
+    # Quoted: a key of decimal digits only would be read as a number by other YAML tools.
+    return (
+        _HEAD + "".join(f'  {version}: "{key.hex()}"\n' for version, key in sorted(keys.items()))
+    ).encode()
 
 
 def _same(one: str, other: str) -> bool:

@@ -5,15 +5,54 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.process_collector import ProcessCollector
 
 from progressdb_kms import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from prometheus_client import Metric
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 _LATENCY: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+
+ROTATION: Final[dict[str, tuple[str, str]]] = {
+    "kms_kek_active_version": ("", "KEK version that new keys are wrapped under."),
+    "kms_kek_active_age_seconds": ("", "Since the active KEK version was activated."),
+    "kms_kek_census": ("version", "Keys in the store by the KEK version that wraps them."),
+    "kms_rotation_running": ("", "1 while a rotation is unfinished."),
+    "kms_rotation_step": ("step", "1 for the present or last step of the latest rotation."),
+    "kms_rotation_progress": ("what", "What the latest rotation has done, in records."),
+    "kms_rotation_quarantined": ("", "Records that the latest rotation could not deal with."),
+    "kms_rotation_last_success_timestamp_seconds": ("", "When a rotation last ended clean, in Unix seconds."),
+}
+"""Gauges of KEKs and rotations, which every instance reads from the store: name to label and help."""
+
+class _FactsCollector:
+    """Reads the gauges of ``ROTATION`` at each scrape; one that is not known yet is left out."""
+
+    def __init__(self, read: Callable[[], Mapping[str, float | Mapping[str, float]]]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterator[Metric]:
+        facts = self._read()
+        for name, (label, text) in ROTATION.items():
+            value = facts.get(name)
+            if value is None:
+                continue
+            family = GaugeMetricFamily(name, text, labels=[label] if label else None)
+            if isinstance(value, float | int):
+                family.add_metric([], float(value))
+            else:
+                for which, amount in value.items():
+                    family.add_metric([which], float(amount))
+            yield family
+
+    def describe(self) -> Iterable[Metric]:
+        return []
 
 
 class Metrics:
@@ -107,6 +146,14 @@ class Metrics:
     def labelled_gauge(self, name: str, text: str, label: str) -> Gauge:
         """Add a gauge with one label, set by whoever made it."""
         return Gauge(name, text, [label], registry=self.registry)
+
+    def facts(self, read: Callable[[], Mapping[str, float | Mapping[str, float]]]) -> None:
+        """Add the gauges of ``ROTATION``, read at each scrape.
+
+        Args:
+            read: Gives values by name; for one with a label, values by the label's.
+        """
+        self.registry.register(_FactsCollector(read))
 
     def render(self) -> bytes:
         """Return the exposition in Prometheus's text format."""

@@ -10,11 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Final, Self
 
-from progressdb_kms.domain.errors import InternalError, KeyNotFound, KmsError, StaleKek
+from progressdb_kms.domain.errors import InternalError, KeyNotFound, KmsError, RegistryLost, StaleKek
 from progressdb_kms.domain.keyring import KekInfo, KekState
 from progressdb_kms.domain.keys import DekRecord, KeyState, NewDek, StateChange, locate, slot_tag
-from progressdb_kms.ports import Changes, Heartbeat, KeyPage, RegistryView, StoreStatus
+from progressdb_kms.ports import Changes, Heartbeat, KeyPage, Lock, RegistryView, StoreStatus
 from progressdb_kms.store.cursors import decode_cursor, encode_cursor
+from progressdb_kms.store.kek_states import RegistryChange, activated, retired, staged
+from progressdb_kms.store.memory_escrow import MemoryEscrowBox
+from progressdb_kms.store.memory_rotation import MemoryLedger, MemorySlots
 from progressdb_kms.store.states import apply_change, require_rewrappable
 
 _KEPT_NOTICES: Final = 10_000
@@ -29,6 +32,9 @@ _STATUS: Final = StoreStatus(
 class MemoryStore:
     """Implements KeyStore, KekRegistry, Heartbeats and StoreHealth for one process and one event loop.
 
+    ``rotation_ledger`` and ``rotation_slots`` implement RotationLedger and RotationStore over the same keys,
+    ``escrow`` implements EscrowBox.
+
     Never raises StoreUnavailable or StoreNotDurable: it is always there, and says in its status that it
     promises nothing beyond the life of the process.
     """
@@ -36,6 +42,7 @@ class MemoryStore:
     def __init__(self) -> None:
         self._records: dict[str, DekRecord] = {}
         self._threads: dict[str, list[str]] = {}
+        self._slots: dict[str, list[str]] = {}
         self._floors: dict[str, int] = {}
         self._notices: list[str] = []
         self._trimmed = 0
@@ -43,6 +50,9 @@ class MemoryStore:
         self._view: RegistryView | None = None
         self._wraps: Counter[int] = Counter()
         self._heartbeats: dict[str, Heartbeat] = {}
+        self.rotation_ledger = MemoryLedger()
+        self.escrow = MemoryEscrowBox()
+        self.rotation_slots = MemorySlots(self._records, self._slots, self._floors)
 
     @property
     def keys(self) -> Self:
@@ -68,6 +78,7 @@ class MemoryStore:
         """Forget all keys."""
         self._records.clear()
         self._threads.clear()
+        self._slots.clear()
 
     async def create(self, deks: Sequence[NewDek]) -> list[DekRecord | KmsError]:
         """Store new DEKs; see ``KeyStore.create``."""
@@ -95,6 +106,7 @@ class MemoryStore:
             dek.created_by,
         )
         self._records[dek.key_id] = record
+        self._slots.setdefault(locate(dek.key_id), []).append(dek.key_id)
         return record
 
     async def get(self, key_ids: Sequence[str]) -> list[DekRecord | None]:
@@ -182,6 +194,32 @@ class MemoryStore:
             active = replace(kek, state=KekState.ACTIVE, activated_at=kek.created_at)
             self._view = RegistryView(secrets.token_hex(16), {kek.version: active}, kek.version, 1)
         return self._view
+
+    async def stage(self, kek: KekInfo) -> RegistryView:
+        """Register a version as staged; see ``KekRegistry.stage``."""
+        return self._change(staged(self._registered(), kek))
+
+    async def activate(self, version: int, *, now: int, lock: Lock) -> RegistryView:
+        """Make a version the active one; see ``KekRegistry.activate``."""
+        change = activated(self._registered(), version, now)
+        self.rotation_ledger.require(lock)
+        return self._change(change)
+
+    async def retire(self, version: int, *, now: int) -> RegistryView:  # noqa: ARG002 - the registry keeps no time of it
+        """Mark a decrypt-only version as retired; see ``KekRegistry.retire``."""
+        return self._change(retired(self._registered(), version))
+
+    def _registered(self) -> RegistryView:
+        if self._view is None:
+            raise RegistryLost("the store has no registry of KEKs")
+        return self._view
+
+    def _change(self, change: RegistryChange) -> RegistryView:
+        view = self._registered()
+        if change.keks:
+            view = RegistryView(view.store_id, {**view.keks, **change.keks}, change.active, view.revision + 1)
+            self._view = view
+        return view
 
     async def reserve_wraps(self, version: int, count: int) -> int:
         """Add to the wrap count of a KEK version and return the new total."""

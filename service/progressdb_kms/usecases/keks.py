@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 import structlog
 
 from progressdb_kms.domain.envelope import USES_LIMIT, USES_WARN, pack_blob, wrap_aad
-from progressdb_kms.domain.errors import KekMismatch, KekUnavailable, KmsError, NotReady, RegistryLost
+from progressdb_kms.domain.errors import (
+    KekFileInvalid,
+    KekMismatch,
+    KekUnavailable,
+    KmsError,
+    NotReady,
+    RegistryLost,
+)
 from progressdb_kms.domain.keyring import KekInfo, KekState, kek_id_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from progressdb_kms.ports import KekRegistry, KekSource, Observer, RegistryView
 
@@ -25,12 +33,28 @@ WRAPS_BLOCK: Final = 2**16
 class KekBook:
     """The loaded KEKs beside the registry. A version is used only where the two agree.
 
+    Args:
+        source: Holds the KEKs.
+        registry: Says which there are.
+        observer: Who counts.
+        look_again: Makes the source read what it has, given the check values that it must hold; called when
+            the registry names a needed version that is not loaded. An instance that slept through a
+            rotation learns of it here, and must not refuse requests until its next look at the file.
+
     Attributes:
         problem: Why the service must not be ready, or an empty string.
     """
 
-    def __init__(self, *, source: KekSource, registry: KekRegistry, observer: Observer) -> None:
+    def __init__(
+        self,
+        *,
+        source: KekSource,
+        registry: KekRegistry,
+        observer: Observer,
+        look_again: Callable[[Mapping[int, str]], object] = lambda _required: None,
+    ) -> None:
         self.source = source
+        self._look_again = look_again
         self._registry = registry
         self._observer = observer
         self._view: RegistryView | None = None
@@ -63,13 +87,7 @@ class KekBook:
 
     def required(self) -> Mapping[int, str]:
         """Return check values of the versions that a reload must not lose or change."""
-        if self._view is None:
-            return {}
-        return {
-            version: kek.check_value
-            for version, kek in self._view.keks.items()
-            if kek.state in {KekState.ACTIVE, KekState.DECRYPT_ONLY}
-        }
+        return {} if self._view is None else _required(self._view)
 
     async def start(self, now: float) -> None:
         """Read the registry, or make it on an empty store with the highest loaded version as active.
@@ -130,11 +148,15 @@ class KekBook:
     async def _adopt(self, view: RegistryView) -> None:
         verified: dict[int, str] = {}
         problems = []
+        required = _required(view)
+        if not required.keys() <= self.source.versions():
+            # A source that can't be read keeps what it had, and what lacks then is told below.
+            with suppress(KekFileInvalid):
+                self._look_again(required)
         loaded = self.source.versions()
         for version, kek in sorted(view.keks.items()):
-            needed = kek.state in {KekState.ACTIVE, KekState.DECRYPT_ONLY}
             if version not in loaded:
-                if needed:
+                if version in required:
                     problems.append(f"KEK version {version} ({kek.state}) is not loaded: add it")
             elif not await self.source.matches(version, kek.check_value):
                 # Even a staged or retired one: a wrong key under a known number is never to be trusted.
@@ -214,3 +236,12 @@ class KekBook:
                     )
                 self._wraps_left[version] = self._wraps_left.get(version, 0) + block
             self._wraps_left[version] -= count
+
+
+def _required(view: RegistryView) -> dict[int, str]:
+    """Return the check values of the versions that stored keys may need."""
+    return {
+        version: kek.check_value
+        for version, kek in view.keks.items()
+        if kek.state in {KekState.ACTIVE, KekState.DECRYPT_ONLY}
+    }

@@ -84,7 +84,13 @@ class Service:
         self.world = world
         self.counted: list[dict[str, Any]] = []
         self.app = create_app(
-            Api(world.kms, world.loader, limits, lambda **fields: self.counted.append(fields))
+            Api(
+                world.kms,
+                world.loader,
+                limits,
+                lambda **fields: self.counted.append(fields),
+                world.store.rotation_ledger,
+            )
         )
 
     def __call__(self, name: str = "server") -> Caller:

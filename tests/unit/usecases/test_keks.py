@@ -172,3 +172,23 @@ async def test_a_worn_kek_warns_and_then_wraps_no_more(world: World) -> None:
     world.keks._wraps_left.clear()
     with pytest.raises(KekUnavailable, match="as many keys as is safe: rotate it"):
         await world.keks.wrap([bytes(32)], NAMES)
+
+
+async def test_a_needed_version_that_is_not_loaded_is_looked_for(tmp_path: Path) -> None:
+    """An instance that slept through a rotation reads its KEK file when it learns of the new version."""
+    store = MemoryStore()
+    path = write_keks(tmp_path / "kek", v1="kek 1")
+    source = FileKekSource(path)
+    keks = KekBook(source=source, registry=store.registry, observer=Watcher(), look_again=source.reload)
+    await keks.start(7)
+    register(store, 2, "kek 2", KekState.ACTIVE, active=2)
+    await keks.refresh()
+    assert "version 2" in keks.problem
+    write_keks(path, v1="kek 1", v2="another")
+    await keks.refresh()
+    assert "version 2" in keks.problem
+    assert keks.usable == (1,)
+    write_keks(path, v1="kek 1", v2="kek 2")
+    await keks.refresh()
+    assert keks.problem == ""
+    assert (await keks.wrap([bytes(32)], NAMES))[0] == 2

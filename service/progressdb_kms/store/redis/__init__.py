@@ -1,18 +1,22 @@
 """The store in Redis or Valkey, 7.0 or later, with an append-only file.
 
-How it hangs together: ``keys``, ``registry``, ``heartbeats`` and ``health`` implement the ports; they hand
-calls to ``router``, which finds the ``node`` by the ``topology`` and puts them into one of its two ``lane``s;
-a lane gathers them into batches over one ``link``. ``durability`` judges whether a node may be written to.
+How it hangs together: ``keys``, ``registry``, ``heartbeats``, ``health``, ``rotation_ledger`` and
+``rotation_slots`` implement the ports; they hand calls to ``router``, which finds the ``node`` by the
+``topology`` and puts them into one of its two ``lane``s; a lane gathers them into batches over one ``link``.
+``durability`` judges whether a node may be written to.
 """
 
 from __future__ import annotations
 
 from progressdb_kms.store.redis.address import parse_url
+from progressdb_kms.store.redis.escrow import RedisEscrowBox
 from progressdb_kms.store.redis.health import RedisHealth
 from progressdb_kms.store.redis.heartbeats import RedisHeartbeats
 from progressdb_kms.store.redis.keys import RedisKeys
 from progressdb_kms.store.redis.lane import Silent, StoreObserver
 from progressdb_kms.store.redis.registry import RedisRegistry
+from progressdb_kms.store.redis.rotation_ledger import RedisRotationLedger
+from progressdb_kms.store.redis.rotation_slots import RedisRotationSlots
 from progressdb_kms.store.redis.router import Router
 from progressdb_kms.store.redis.topology import make_topology
 from progressdb_kms.store.settings import StoreSettings
@@ -21,13 +25,16 @@ __all__ = ["RedisStore", "StoreObserver", "StoreSettings", "open_store"]
 
 
 class RedisStore:
-    """The four ports over one store.
+    """The ports over one store.
 
     Attributes:
         keys: ``KeyStore``.
         registry: ``KekRegistry``.
         heartbeats: ``Heartbeats``.
         health: ``StoreHealth``.
+        escrow: ``EscrowBox``.
+        rotation_ledger: ``RotationLedger``.
+        rotation_slots: ``RotationStore``.
     """
 
     def __init__(self, settings: StoreSettings, observer: StoreObserver) -> None:
@@ -37,7 +44,10 @@ class RedisStore:
         self.keys = RedisKeys(router, settings)
         self.registry = RedisRegistry(router)
         self.heartbeats = RedisHeartbeats(router)
+        self.escrow = RedisEscrowBox(router)
         self.health = RedisHealth(self._topology, address, settings)
+        self.rotation_ledger = RedisRotationLedger(router)
+        self.rotation_slots = RedisRotationSlots(router)
 
     async def close(self) -> None:
         """Close all connections; what is under way fails with StoreUnavailable."""

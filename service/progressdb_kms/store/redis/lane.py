@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from redis.exceptions import RedisError
 
@@ -21,9 +21,22 @@ from progressdb_kms.store.redis.failures import Again, Failure, broken, lost, tr
 from progressdb_kms.store.redis.link import Command, Link, Reply
 
 BATCH: Final = 512
-"""Most commands in one write: bounds what one lost answer leaves in doubt, and how long others wait."""
+"""Most commands in one write: bounds what one lost answer leaves in doubt, and how long others wait.
+
+A command of weight n counts as n, so that what is heavy travels in several batches: the server works on one
+while the callers work on what came with the one before.
+"""
 
 _CLOSED: Final = Failure(StoreUnavailable("the connection to the store was closed"), Again.SOON)
+
+
+class _Item(NamedTuple):
+    """A command that waits for its batch."""
+
+    command: Command
+    asking: bool
+    weight: int
+    future: asyncio.Future[Reply]
 
 
 class StoreObserver(Protocol):
@@ -75,12 +88,12 @@ class Lane:
         self._confirm = confirm
         self._timeout = timeout
         self._observer = observer
-        self._queue: deque[tuple[Command, bool, asyncio.Future[Reply]]] = deque()
+        self._queue: deque[_Item] = deque()
         self._worker: asyncio.Task[None] | None = None
         self._link: Link | None = None
         self._closed = False
 
-    def submit(self, command: Command, *, asking: bool = False) -> asyncio.Future[Reply]:
+    def submit(self, command: Command, *, asking: bool = False, weight: int = 1) -> asyncio.Future[Reply]:
         """Queue a command. The future gets its reply or a ``Failure``, never an exception.
 
         Cancelling the future takes the command back if it has not been sent.
@@ -88,12 +101,13 @@ class Lane:
         Args:
             command: The command and its arguments.
             asking: Say ASKING first: the node is about to take over the slot.
+            weight: How many plain commands it takes as long as.
         """
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         if self._closed:
             future.set_result(_CLOSED)
             return future
-        self._queue.append((command, asking, future))
+        self._queue.append(_Item(command, asking, weight, future))
         if self._worker is None:
             self._worker = asyncio.create_task(self._work())
         return future
@@ -106,31 +120,33 @@ class Lane:
             await asyncio.wait([self._worker])
         await self._drop()
         while self._queue:
-            future = self._queue.popleft()[2]
+            future = self._queue.popleft().future
             if not future.done():
                 future.set_result(_CLOSED)
 
     async def _work(self) -> None:
         try:
             while self._queue:
-                batch: list[tuple[Command, bool, asyncio.Future[Reply]]] = []
-                while self._queue and len(batch) < BATCH:
+                batch: list[_Item] = []
+                weight = 0
+                while self._queue and weight < BATCH:
                     item = self._queue.popleft()
-                    if not item[2].done():
+                    if not item.future.done():
                         batch.append(item)
+                        weight += item.weight
                 if batch:
                     await self._run(batch)
         finally:
             self._worker = None
 
-    async def _run(self, batch: Sequence[tuple[Command, bool, asyncio.Future[Reply]]]) -> None:
+    async def _run(self, batch: Sequence[_Item]) -> None:
         failure = broken()
         try:
             link = await self._ready()
             confirmation = await self._confirm(link) if self._confirm else None
             commands: list[Command] = []
-            for command, asking, _ in batch:
-                commands += [("ASKING",), command] if asking else [command]
+            for item in batch:
+                commands += [("ASKING",), item.command] if item.asking else [item.command]
             if confirmation:
                 commands.append(confirmation.command)
             started = time.perf_counter()
@@ -148,7 +164,7 @@ class Lane:
             raise
         finally:
             # Also when our own code broke: nobody may wait for what will not come.
-            undone = [future for _, _, future in batch if not future.done()]
+            undone = [item.future for item in batch if not item.future.done()]
             if undone:
                 self._observer.failure(self._name)
             for future in undone:
@@ -156,21 +172,21 @@ class Lane:
 
     @staticmethod
     def _deliver(
-        batch: Sequence[tuple[Command, bool, asyncio.Future[Reply]]],
+        batch: Sequence[_Item],
         replies: list[Reply],
         doubt: Failure | None,
     ) -> bool:
         """Hand out the replies; say whether the server may no longer be the right one."""
         suspect = doubt is not None
         answers = iter(replies)
-        for _, asking, future in batch:
-            if asking:
+        for item in batch:
+            if item.asking:
                 next(answers)
             reply = next(answers)
             failure = translate(reply) or doubt
             suspect = suspect or (failure is not None and failure.again is Again.SOON)
-            if not future.done():
-                future.set_result(failure or reply)
+            if not item.future.done():
+                item.future.set_result(failure or reply)
         return suspect
 
     async def _ready(self) -> Link:

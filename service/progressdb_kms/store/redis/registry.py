@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
 from dataclasses import replace
 
-from progressdb_kms.domain.errors import RegistryLost
+from progressdb_kms.domain.errors import Fenced, RegistryLost
 from progressdb_kms.domain.keyring import KekInfo, KekState
-from progressdb_kms.ports import RegistryView
+from progressdb_kms.ports import Lock, RegistryView
+from progressdb_kms.store.kek_states import RegistryChange, activated, retired, staged
 from progressdb_kms.store.redis import scripts
 from progressdb_kms.store.redis.link import Reply
 from progressdb_kms.store.redis.listing import any_record
@@ -15,6 +17,7 @@ from progressdb_kms.store.redis.router import Call, Router, script_call
 from progressdb_kms.store.redis.schema import (
     CONTROL,
     KEKS_KEY,
+    LOCK_KEY,
     SCHEMA_KEY,
     SCHEMA_VERSION,
     WRAPS_KEY,
@@ -71,10 +74,55 @@ class RedisRegistry:
             raise RegistryLost("the registry of KEKs vanished while it was read")
         return view
 
+    async def stage(self, kek: KekInfo) -> RegistryView:
+        """Register a version as staged; see ``KekRegistry.stage``."""
+        return await self._change(lambda view: staged(view, kek))
+
+    async def activate(self, version: int, *, now: int, lock: Lock) -> RegistryView:
+        """Make a version the active one; see ``KekRegistry.activate``."""
+        return await self._change(lambda view: activated(view, version, now), str(lock.token))
+
+    async def retire(self, version: int, *, now: int) -> RegistryView:  # noqa: ARG002 - the registry keeps no time of it
+        """Mark a decrypt-only version as retired; see ``KekRegistry.retire``."""
+        return await self._change(lambda view: retired(view, version))
+
+    async def _change(
+        self, decide: Callable[[RegistryView], RegistryChange], token: str = ""
+    ) -> RegistryView:
+        """Decide on what is there, and write if nobody changed it in between."""
+        while True:
+            schema, keks = await self._entries()
+            if not schema and not keks:
+                raise RegistryLost("the store has no registry of KEKs: point store.url at the right one")
+            view = _view(schema, keks)
+            change = decide(view)
+            pairs: list[str | int] = []
+            for version, kek in change.keks.items():
+                pairs += [version, encode_kek(kek, keks.get(str(version).encode(), b"{}"))]
+            reply = await self._router.write_one(
+                script_call(
+                    CONTROL,
+                    scripts.CHANGE_REGISTRY,
+                    (KEKS_KEY, LOCK_KEY),
+                    view.revision,
+                    token,
+                    change.active,
+                    *pairs,
+                )
+            )
+            if reply == b"fenced":
+                raise Fenced("another run has taken the lock of rotations")
+            if reply == b"ok":
+                return _view(*await self._entries())
+
     async def _read(self) -> RegistryView | None:
-        call = script_call(CONTROL, scripts.READ_REGISTRY, (SCHEMA_KEY, KEKS_KEY))
-        schema, keks = (_mapping(part) for part in await self._router.read_one(call))
+        schema, keks = await self._entries()
         return _view(schema, keks) if schema or keks else None
+
+    async def _entries(self) -> tuple[dict[bytes, bytes], dict[bytes, bytes]]:
+        call = script_call(CONTROL, scripts.READ_REGISTRY, (SCHEMA_KEY, KEKS_KEY))
+        schema, keks = await self._router.read_one(call)
+        return _mapping(schema), _mapping(keks)
 
     async def reserve_wraps(self, version: int, count: int) -> int:
         """Add to the wrap count of a KEK version and return the new total.

@@ -34,12 +34,14 @@ class Call:
         args: The command; for a script, its keys and arguments.
         script: The script, if it is one.
         keys: How many of ``args`` are the script's keys.
+        weight: How many plain commands it takes as long as.
     """
 
     tag: str
     args: Command
     script: Script | None = None
     keys: int = 0
+    weight: int = 1
 
     def command(self, *, whole: bool) -> Command:
         """Return what to send: a script by its name, or ``whole`` where the server does not know it."""
@@ -50,9 +52,9 @@ class Call:
         return ("EVALSHA", self.script.sha, self.keys, *self.args)
 
 
-def script_call(tag: str, script: Script, keys: Sequence[str], *args: Argument) -> Call:
-    """Return the call of a script."""
-    return Call(tag, (*keys, *args), script, len(keys))
+def script_call(tag: str, script: Script, keys: Sequence[str], *args: Argument, weight: int = 1) -> Call:
+    """Return the call of a script; its ``weight`` is how many plain commands it takes as long as."""
+    return Call(tag, (*keys, *args), script, len(keys), weight)
 
 
 @dataclass(slots=True)
@@ -160,7 +162,10 @@ class Router:
             )
             return future
         lane = node.writes if durable else node.reads
-        return lane.submit(attempt.call.command(whole=attempt.whole), asking=elsewhere is not None)
+        call = attempt.call
+        return lane.submit(
+            call.command(whole=attempt.whole), asking=elsewhere is not None, weight=call.weight
+        )
 
     @staticmethod
     def _again(attempt: _Attempt) -> bool:

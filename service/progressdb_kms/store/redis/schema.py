@@ -5,13 +5,24 @@
     kms:{tag}:dek:<key_id>          hash    one DEK record; fields at their default are left out
     kms:{tag}:thread:<thread_id>    zset    key_ids by version
     kms:{tag}:kek:<kek_version>     set     key_ids wrapped under it: the census
-    kms:{tag}:ctl                   hash    floor: least KEK version that may be written
+    kms:{tag}:ctl                   hash    floor: least KEK version that may be written;
+                                            fence: highest token seen;
+                                            b:<rotation_id>: manifest of a snapshot: buckets, count, digest
+    kms:{tag}:backup:<rotation_id>:<bucket>  hash  snapshot: blobs by key_id
+    kms:{tag}:quarantine:<rotation_id>       hash  records that could not be dealt with, by key_id, as JSON
     kms:{tag}:due                   zset    keys waiting for destruction, by time
     kms:{ctl}:schema                hash    version, store_id, created_at
     kms:{ctl}:keks                  hash    active, rev, and by version what is known of a KEK, as JSON
     kms:{ctl}:wraps                 hash    wraps reserved, by KEK version
     kms:{ctl}:instances             hash    last heartbeat of each instance, as JSON
     kms:{ctl}:changes               stream  notices of state changes
+    kms:{ctl}:rotations             zset    rotation_ids by start
+    kms:{ctl}:rotation              string  rotation_id of the unfinished one
+    kms:{ctl}:rotation:<id>         hash    record: the rotation as JSON; n:<name>: counts; opened:<step>: 1
+    kms:{ctl}:lock                  hash    owner, token, since and until in ms by the server's clock
+    kms:{ctl}:fence                 string  the last token given
+    kms:{ctl}:work:<id>:<step>      zset    slots not done, by the end of their lease in ms; 0 is unclaimed
+    kms:{ctl}:claims:<id>:<step>    hash    token and worker, by slot
 
 ``{tag}`` is a hash tag of Redis Cluster: keys that share it share a slot, and one script may change them.
 The record's blob is kept raw: a hash stays compact only while each value is at most 64 bytes.
@@ -27,7 +38,8 @@ from typing import Any, Final
 from progressdb_kms.domain.errors import StoreUnavailable
 from progressdb_kms.domain.keyring import KekInfo, KekState
 from progressdb_kms.domain.keys import DekRecord, KeyState
-from progressdb_kms.ports import Heartbeat
+from progressdb_kms.domain.rotation import Rotation, Step
+from progressdb_kms.ports import Heartbeat, Manifest, Quarantined
 
 SCHEMA_VERSION: Final = 1
 CONTROL: Final = "ctl"
@@ -36,6 +48,10 @@ KEKS_KEY: Final = "kms:{ctl}:keks"
 WRAPS_KEY: Final = "kms:{ctl}:wraps"
 INSTANCES_KEY: Final = "kms:{ctl}:instances"
 CHANGES_KEY: Final = "kms:{ctl}:changes"
+ROTATIONS_KEY: Final = "kms:{ctl}:rotations"
+CURRENT_KEY: Final = "kms:{ctl}:rotation"
+LOCK_KEY: Final = "kms:{ctl}:lock"
+FENCE_KEY: Final = "kms:{ctl}:fence"
 RECORD_PATTERN: Final = "kms:{*}:dek:*"
 
 FIELDS: Final = (
@@ -67,7 +83,12 @@ def thread_key(tag: str, thread_id: str) -> str:
 
 def census_key(tag: str, kek_version: int) -> str:
     """Return the key of the set of a slot's key_ids under a KEK version."""
-    return f"kms:{{{tag}}}:kek:{kek_version}"
+    return f"{census_prefix(tag)}{kek_version}"
+
+
+def census_prefix(tag: str) -> str:
+    """Return what the keys of a slot's censuses begin with; the KEK version follows."""
+    return f"kms:{{{tag}}}:kek:"
 
 
 def control_key(tag: str) -> str:
@@ -78,6 +99,36 @@ def control_key(tag: str) -> str:
 def due_key(tag: str) -> str:
     """Return the key of a slot's pending destructions."""
     return f"kms:{{{tag}}}:due"
+
+
+def rotation_key(rotation_id: str) -> str:
+    """Return the key of a rotation."""
+    return f"{CURRENT_KEY}:{rotation_id}"
+
+
+def work_key(rotation_id: str, step: Step) -> str:
+    """Return the key of a step's slots that are not done."""
+    return f"kms:{{ctl}}:work:{rotation_id}:{step}"
+
+
+def claims_key(rotation_id: str, step: Step) -> str:
+    """Return the key of a step's claims."""
+    return f"kms:{{ctl}}:claims:{rotation_id}:{step}"
+
+
+def manifest_field(rotation_id: str) -> str:
+    """Return the field of a slot's control hash that holds the manifest of a snapshot."""
+    return f"b:{rotation_id}"
+
+
+def bucket_prefix(tag: str, rotation_id: str) -> str:
+    """Return what the keys of a snapshot's buckets begin with; the bucket's number follows."""
+    return f"kms:{{{tag}}}:backup:{rotation_id}:"
+
+
+def quarantine_key(tag: str, rotation_id: str) -> str:
+    """Return the key of what a rotation could not deal with in a slot."""
+    return f"kms:{{{tag}}}:quarantine:{rotation_id}"
 
 
 def key_id_of(key: bytes) -> str:
@@ -125,9 +176,14 @@ def _number(value: bytes | None) -> int:
     return int(value or b"")
 
 
-def encode_kek(kek: KekInfo) -> str:
-    """Return the registry's entry of a KEK version."""
-    return json.dumps(asdict(kek), separators=(",", ":"))
+def encode_kek(kek: KekInfo, before: bytes = b"{}") -> str:
+    """Return the registry's entry of a KEK version.
+
+    Args:
+        kek: What is known of it.
+        before: The present entry, whose members that a newer release added are kept.
+    """
+    return json.dumps({**json.loads(before), **asdict(kek)}, separators=(",", ":"))
 
 
 def decode_kek(entry: bytes) -> KekInfo:
@@ -155,6 +211,65 @@ def decode_heartbeat(entry: bytes) -> Heartbeat:
     members = _known(Heartbeat, json.loads(entry))
     members["kek_versions"] = tuple(members["kek_versions"])
     return Heartbeat(**members)
+
+
+def encode_rotation(rotation: Rotation) -> str:
+    """Return a rotation as it is stored; its counts are stored beside it."""
+    members = asdict(rotation)
+    del members["counts"]
+    return json.dumps(members, separators=(",", ":"))
+
+
+def decode_rotation(entry: bytes, counts: dict[str, int]) -> Rotation:
+    """Return a stored rotation; members that a newer release added are left out.
+
+    Raises:
+        StoreUnavailable: It is damaged, or of a newer release.
+    """
+    try:
+        members = _known(Rotation, json.loads(entry))
+        members["step"] = Step(members["step"])
+        return Rotation(**{**members, "counts": counts})
+    except (ValueError, KeyError, TypeError):
+        raise StoreUnavailable(
+            "the record of a rotation can't be read: damaged, or of a newer release"
+        ) from None
+
+
+def decode_manifest(tag: str, entry: bytes) -> Manifest:
+    """Return the manifest ``<buckets> <count> <digest>``, of which the last may be missing.
+
+    Raises:
+        StoreUnavailable: It is damaged, or of a newer release.
+    """
+    buckets, _, rest = entry.decode(errors="replace").partition(" ")
+    count, _, digest = rest.partition(" ")
+    try:
+        return Manifest(tag, int(buckets), int(count), digest)
+    except ValueError:
+        raise StoreUnavailable(
+            f"the manifest of a snapshot of slot {tag} can't be read: damaged, or of a newer release"
+        ) from None
+
+
+def encode_quarantined(record: Quarantined) -> str:
+    """Return what is stored of a record that could not be dealt with."""
+    return json.dumps({"reason": record.reason, "kek_version": record.kek_version}, separators=(",", ":"))
+
+
+def decode_quarantined(key_id: bytes, entry: bytes) -> Quarantined:
+    """Return a record that could not be dealt with.
+
+    Raises:
+        StoreUnavailable: The entry is damaged, or of a newer release.
+    """
+    try:
+        members = json.loads(entry)
+        return Quarantined(key_id.decode(errors="replace"), members["reason"], members["kek_version"])
+    except (ValueError, KeyError, TypeError):
+        raise StoreUnavailable(
+            "an entry of the quarantine can't be read: damaged, or of a newer release"
+        ) from None
 
 
 def _known(kind: type[Any], members: object) -> dict[str, Any]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from progressdb_kms.domain.errors import KmsError
     from progressdb_kms.domain.keyring import KekInfo
     from progressdb_kms.domain.keys import DekRecord, KeyState, NewDek, StateChange
+    from progressdb_kms.ports.rotation import Lock
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +145,28 @@ class KekRegistry(Protocol):
 
         Raises:
             RegistryLost: As ``load``.
+        """
+
+    async def stage(self, kek: KekInfo) -> RegistryView:
+        """Register a version as staged; one that is registered already with this check value is left as it is.
+
+        Raises:
+            KekMismatch: The version is registered with another check value.
+        """
+
+    async def activate(self, version: int, *, now: int, lock: Lock) -> RegistryView:
+        """Make a staged or decrypt-only version the active one, and the active one decrypt-only; once.
+
+        Raises:
+            KekMismatch: The version is not registered, or retired.
+            Fenced: The lock has been taken over.
+        """
+
+    async def retire(self, version: int, *, now: int) -> RegistryView:
+        """Mark a decrypt-only version as retired: nothing needs it any more.
+
+        Raises:
+            RotationRefused: It is the active one, or staged.
         """
 
     async def reserve_wraps(self, version: int, count: int) -> int:

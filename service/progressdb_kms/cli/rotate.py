@@ -1,0 +1,90 @@
+"""``rotate``: the rotation job, by hand or from a CronJob."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import click
+import uvloop
+from rich.console import Console
+
+from progressdb_kms.rotation.job import Options, run
+from progressdb_kms.rotation.progress import Bar, JsonLines, Reporter
+from progressdb_kms.settings import load_settings
+
+
+def _sample(_ctx: click.Context, _param: click.Parameter, value: str) -> int:
+    """Return 0 for ``all`` and N for ``sample=N``."""
+    if value == "all":
+        return 0
+    found = re.fullmatch(r"sample=([1-9][0-9]{0,9})", value)
+    if found is None:
+        raise click.BadParameter("write all, or sample=N")
+    return int(found[1])
+
+
+@click.command()
+@click.option(
+    "--config",
+    required=True,
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The service's configuration file.",
+)
+@click.option("--dry-run", is_flag=True, help="Print the census and what a run would do; change nothing.")
+@click.option("--resume-only", is_flag=True, help="Finish an unfinished rotation; begin none.")
+@click.option("--worker", is_flag=True, help="Share the work of the rotation that another run leads.")
+@click.option(
+    "--rollback", is_flag=True, help="Turn the latest rotation back: its KEK version is bad or lost."
+)
+@click.option("--batch", type=click.IntRange(1, 1000), help="Records in one call of the store.")
+@click.option("--max-rate", type=click.IntRange(0), help="Records a second at most, 0 for no bound.")
+@click.option(
+    "--verify",
+    default="all",
+    show_default=True,
+    callback=_sample,
+    metavar="all|sample=N",
+    help="Records to read back.",
+)
+@click.option("--wait", type=click.FloatRange(0), help="Seconds to wait for live instances.")
+@click.option("--json", "as_json", is_flag=True, help="JSON lines on a terminal too.")
+def rotate(  # noqa: PLR0913 - one parameter an option
+    config: Path,
+    batch: int | None,
+    max_rate: int | None,
+    verify: int,
+    wait: float | None,
+    *,
+    dry_run: bool,
+    resume_only: bool,
+    worker: bool,
+    rollback: bool,
+    as_json: bool,
+) -> int:
+    """Bring a new KEK version and wrap every key under it.
+
+    Run again after any interruption, it goes on where it was. Exit codes: 0 clean; 3 ended, but some keys
+    could not be dealt with; 4 another run leads; 75 stopped by SIGTERM, to be run again; 1 an error.
+    """
+    if sum((dry_run, resume_only, worker, rollback)) > 1:
+        raise click.UsageError("--dry-run, --resume-only, --worker and --rollback exclude each other")
+    options = Options(
+        resume_only=resume_only,
+        worker=worker,
+        rollback=rollback,
+        dry_run=dry_run,
+        batch=batch,
+        max_rate=max_rate,
+        verify_sample=verify,
+        wait=wait,
+    )
+    settings = load_settings(config)
+    return uvloop.run(run(settings, options, _reporter(as_json=as_json)))
+
+
+def _reporter(*, as_json: bool) -> Reporter:
+    if as_json or not sys.stdout.isatty():
+        return JsonLines(sys.stdout)
+    return Bar(Console())

@@ -1,0 +1,223 @@
+"""Adds a KEK version to the Kubernetes Secret that the KEK file is mounted from; the port ``KekStager``.
+
+One Secret by its name, which needs the verbs get and patch on it alone. The change is a compare-and-set by
+``resourceVersion`` and only ever adds a version. A Secret that something else keeps (GitOps, External
+Secrets) is never changed: the next reconciliation would take the new KEK away, and with it all that was
+wrapped under it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from kubernetes import client, config
+from kubernetes.client.exceptions import ApiException
+from kubernetes.config.config_exception import ConfigException
+from urllib3.exceptions import HTTPError
+
+from progressdb_kms.domain.errors import KekFileInvalid, RotationRefused
+from progressdb_kms.domain.keyring import KEK_BYTES, check_value
+from progressdb_kms.kek.escrow import Escrow
+from progressdb_kms.kek.file import FileKekSource, parse_keys, render_keys
+from progressdb_kms.kek.staging import appears
+
+_TRIES: Final = 5
+_TIMEOUT: Final = 10
+_CONFLICT: Final = 409
+_KEEPERS: Final = {
+    "argocd.argoproj.io/": "Argo CD",
+    "kustomize.toolkit.fluxcd.io/": "Flux",
+    "helm.toolkit.fluxcd.io/": "Flux",
+    "reconcile.external-secrets.io/": "External Secrets",
+}
+_MANAGERS: Final = {
+    "external-secrets": "External Secrets",
+    "fluxcd": "Flux",
+    "flux": "Flux",
+    "argocd": "Argo CD",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SecretRef:
+    """Which Secret, and which key in it holds the KEK file."""
+
+    namespace: str
+    secret: str
+    key: str
+
+    def __str__(self) -> str:
+        return f"Secret {self.namespace}/{self.secret}"
+
+
+class KubernetesKekStager:
+    """Adds the version to the Secret, then waits until the mounted file shows it.
+
+    Args:
+        ref: The Secret.
+        source: The KEK source over the mounted file.
+        required: Gives the check values of the versions that a reload must not lose or change.
+        escrow: Seals versions.
+        wait: Seconds that the mounted file has to show the version.
+    """
+
+    def __init__(
+        self,
+        ref: SecretRef,
+        source: FileKekSource,
+        required: Callable[[], Mapping[int, str]],
+        escrow: Escrow,
+        wait: float,
+    ) -> None:
+        self._ref = ref
+        self._source = source
+        self._required = required
+        self._escrow = escrow
+        self._wait = wait
+
+    async def stage(self, version: int) -> None:
+        """Make sure that the Secret holds ``version`` and that it is loaded here.
+
+        Raises:
+            RotationRefused: Something else keeps the Secret; or Kubernetes refused; or the mounted file
+                does not show the version in time.
+            KekFileInvalid: What the Secret or the file holds can't be used.
+        """
+        self._source.reload(self._required())
+        if version in self._source.versions():
+            return
+        loaded = {number: await self._source.check_value(number) for number in self._source.versions()}
+        await asyncio.to_thread(add_to_secret, self._ref, version, loaded)
+        if not await appears(self._source, self._required, version, self._wait):
+            raise RotationRefused(
+                f"{self._ref} holds KEK version {version}, but {self._source.path} does not show it after"
+                f" {self._wait:.0f} s: is that file mounted from it (and not by subPath)? Run again"
+            )
+
+    async def escrow(self, version: int) -> int:
+        """Seal the version and those that are not sealed yet; return the number of recovery keys."""
+        return await self._escrow.complete(version)
+
+
+def add_to_secret(ref: SecretRef, version: int, loaded: Mapping[int, str]) -> None:
+    """Add a fresh random key to the KEK file in a Secret; one that is there is adopted.
+
+    Args:
+        ref: The Secret.
+        version: The version to add.
+        loaded: Check values of the versions in the mounted file. The Secret must hold the same ones: if
+            not, the file is not mounted from it.
+
+    Raises:
+        RotationRefused, KekFileInvalid: As ``KubernetesKekStager.stage``.
+    """
+    with _api() as api_client:
+        api = client.CoreV1Api(api_client)
+        for _ in range(_TRIES):
+            secret = _called(
+                ref,
+                "get",
+                lambda: api.read_namespaced_secret(ref.secret, ref.namespace, _request_timeout=_TIMEOUT),
+            )
+            keys = _keys(ref, secret.data or {})
+            _require_same(ref, keys, loaded)
+            if version in keys:
+                return
+            if keeper := keeper_of(secret.metadata):
+                raise RotationRefused(
+                    f"{ref} is kept by {keeper}, which would take a version away again: add KEK"
+                    f" version {version} at its source, and set rotation.distribute: external"
+                )
+            keys[version] = os.urandom(KEK_BYTES)
+            body = {
+                "metadata": {"resourceVersion": secret.metadata.resource_version},
+                "data": {ref.key: base64.b64encode(render_keys(keys)).decode()},
+            }
+            try:
+                _called(
+                    ref,
+                    "patch",
+                    lambda body=body: api.patch_namespaced_secret(  # type: ignore[misc]
+                        ref.secret, ref.namespace, body, _request_timeout=_TIMEOUT
+                    ),
+                )
+            except _ConflictError:
+                continue  # someone changed it meanwhile; perhaps by adding this very version
+            return
+    raise RotationRefused(f"{ref} changes faster than KEK version {version} can be added; run again")
+
+
+def keeper_of(metadata: Any) -> str:  # noqa: ANN401 - the kubernetes client has no types
+    """Return who keeps an object by its metadata, or an empty string."""
+    for owner in metadata.owner_references or []:
+        return f"{owner.kind} {owner.name}"
+    labels, annotations = metadata.labels or {}, metadata.annotations or {}
+    for name in (*labels, *annotations):
+        for prefix, keeper in _KEEPERS.items():
+            if name.startswith(prefix):
+                return keeper
+    return _MANAGERS.get(labels.get("app.kubernetes.io/managed-by", "").lower(), "")
+
+
+class _ConflictError(Exception):
+    """The resourceVersion is not the present one."""
+
+
+def _api() -> client.ApiClient:
+    """Return the client of the cluster that this runs in, or else of the kubeconfig."""
+    configuration = client.Configuration()
+    try:
+        if os.environ.get("KUBERNETES_SERVICE_HOST"):
+            config.load_incluster_config(configuration)  # type: ignore[no-untyped-call]
+        else:
+            config.load_kube_config(  # type: ignore[no-untyped-call]
+                os.environ.get("KUBECONFIG"), client_configuration=configuration
+            )
+    except ConfigException as error:
+        raise RotationRefused(f"no access to Kubernetes: {error}") from None
+    # Bodies hold KEKs: the client's own log of requests must never be on.
+    configuration.debug = False
+    configuration.retries = False
+    return client.ApiClient(configuration)
+
+
+def _called(ref: SecretRef, verb: str, call: Callable[[], Any]) -> Any:  # noqa: ANN401 - the client has no types
+    """Call the API; its errors quote the request, so that nothing of them is shown but status and reason."""
+    status = 0
+    try:
+        return call()
+    except ApiException as error:
+        status, reason = error.status, error.reason
+    except (HTTPError, OSError) as error:
+        reason = type(error).__name__
+    if status == _CONFLICT:
+        raise _ConflictError
+    raise RotationRefused(
+        f"Kubernetes does not let us {verb} {ref}: {status or ''} {reason}; the job's role"
+        " needs get and patch on it"
+    )
+
+
+def _keys(ref: SecretRef, data: Mapping[str, str]) -> dict[int, bytes]:
+    if ref.key not in data:
+        raise KekFileInvalid(f"{ref} has no key {ref.key}; see rotation.kubernetes.key")
+    try:
+        content = base64.b64decode(data[ref.key], validate=True)
+    except binascii.Error:
+        raise KekFileInvalid(f"{ref}: {ref.key} is not base64") from None
+    return parse_keys(content, f"{ref}: {ref.key}")
+
+
+def _require_same(ref: SecretRef, keys: Mapping[int, bytes], loaded: Mapping[int, str]) -> None:
+    for version, value in sorted(loaded.items()):
+        if version not in keys or check_value(keys[version]) != value:
+            raise KekFileInvalid(
+                f"{ref} does not hold the KEK version {version} that is loaded: is it the Secret that the"
+                " KEK file is mounted from?"
+            )

@@ -1,0 +1,62 @@
+"""What the use cases need from the outside, as Protocols.
+
+Each method says which errors it raises; an adapter translates everything that its driver can raise into
+one of them. All errors are from ``domain.errors``. ``ports.service`` is what serving needs, ``ports.rotation``
+what rotations, backups and destruction need besides.
+"""
+
+from progressdb_kms.ports.rotation import (
+    Claim,
+    KekStager,
+    Lock,
+    Manifest,
+    Quarantined,
+    RotationLedger,
+    RotationStore,
+    SlotPage,
+    StoredBlob,
+    Swap,
+    SwapResult,
+)
+from progressdb_kms.ports.service import (
+    AuditEvent,
+    AuditLog,
+    Changes,
+    Heartbeat,
+    Heartbeats,
+    KekRegistry,
+    KekSource,
+    KeyPage,
+    KeyStore,
+    Observer,
+    RegistryView,
+    StoreHealth,
+    StoreStatus,
+)
+
+__all__ = [
+    "AuditEvent",
+    "AuditLog",
+    "Changes",
+    "Claim",
+    "Heartbeat",
+    "Heartbeats",
+    "KekRegistry",
+    "KekSource",
+    "KekStager",
+    "KeyPage",
+    "KeyStore",
+    "Lock",
+    "Manifest",
+    "Observer",
+    "Quarantined",
+    "RegistryView",
+    "RotationLedger",
+    "RotationStore",
+    "SlotPage",
+    "StoreHealth",
+    "StoreStatus",
+    "StoredBlob",
+    "Swap",
+    "SwapResult",
+]

@@ -1,0 +1,236 @@
+"""Rotation of the KEK: leading one, and working on a share of it.
+
+The leader holds the lock and moves the rotation from step to step (``domain.rotation`` says why in this
+order). The work of a step is offered slot by slot; the leader and any number of workers claim slots with a
+lease and a fencing token. Whoever dies leaves nothing but a lease that runs out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from progressdb_kms.domain.errors import InstancesMissing, RotationRefused
+from progressdb_kms.domain.keyring import KekInfo, KekState, kek_id_of
+from progressdb_kms.domain.keys import ALL_TAGS
+from progressdb_kms.domain.rotation import SHARED, Rotation, Step, advance
+from progressdb_kms.usecases.crew import IDLE, Conduct, Crew, Interrupted, Parts, Progress, by_life
+from progressdb_kms.usecases.slotwork import SlotWork
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from progressdb_kms.ports import Claim, Lock
+
+__all__ = ["Conduct", "Interrupted", "Parts", "Plan", "Progress", "Rotator"]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a rotation would do: the answer to a dry run.
+
+    Attributes:
+        source_version: The active version.
+        target_version: The version to come, or that is staged already.
+        census: Records by KEK version.
+        live: Instances that count as live.
+        headroom: Why a snapshot would not fit, or an empty string.
+        under_way: An unfinished rotation that a run would resume.
+    """
+
+    source_version: int
+    target_version: int
+    census: Mapping[int, int]
+    live: tuple[str, ...]
+    headroom: str
+    under_way: Rotation | None
+
+
+class Rotator(Crew):
+    """One process's part in rotations. Arguments as of ``Crew``."""
+
+    def __init__(self, parts: Parts, conduct: Conduct, worker: str) -> None:
+        super().__init__(parts, conduct, worker)
+        self._work = SlotWork(parts.slots, parts.keks, conduct.page, conduct.max_rate)
+
+    async def plan(self) -> Plan:
+        """Say what ``run`` would do; changes nothing."""
+        parts = self._parts
+        view = parts.keks.view
+        under_way = await parts.ledger.current()
+        live, _ = by_life(await parts.heartbeats.live(), parts.now())
+        return Plan(
+            source_version=view.active if under_way is None else under_way.source_version,
+            target_version=self._target() if under_way is None else under_way.target_version,
+            census=await parts.census(),
+            live=tuple(beat.instance for beat in live),
+            headroom=await parts.slots.headroom(),
+            under_way=under_way,
+        )
+
+    async def run(self, *, resume_only: bool = False) -> Rotation | None:
+        """Lead: resume the unfinished rotation or begin one, and go on until it is finished.
+
+        Returns:
+            The finished rotation; None where there was nothing to resume.
+
+        Raises:
+            RotationRunning: Another run leads.
+            RotationRefused: The store has no room for the snapshot, or the KEKs are not as they should be.
+            InstancesMissing: Live instances have not loaded the new version; run again.
+            Fenced: Another run took over.
+            StoreUnavailable, StoreNotDurable: The store stayed away; run again.
+            Interrupted: The process was asked to end; run again.
+        """
+        async with self._leading() as lock:
+            rotation = await self._patiently(self._parts.ledger.current)
+            if rotation is None:
+                if resume_only:
+                    return None
+                rotation = await self._begin(lock)
+            elif rotation.step is Step.ROLLBACK:
+                raise RotationRefused(
+                    f"rotation {rotation.rotation_id} is being rolled back: finish that by rotate --rollback"
+                )
+            while not rotation.finished_at:
+                self._go_on()
+                rotation = await self._do(rotation, lock)
+        return rotation
+
+    async def work(self) -> Rotation | None:
+        """Join the rotation that is under way and share its work until it is finished.
+
+        Returns:
+            The rotation as it ended; None where there was none.
+        """
+        ledger = self._parts.ledger
+        last = await self._patiently(ledger.current)
+        while True:
+            rotation = await self._patiently(ledger.current)
+            if rotation is None:
+                return await ledger.get(last.rotation_id) if last else None
+            last = rotation
+            if rotation.step in SHARED:
+                await self._patiently(self._parts.keks.refresh)
+                # A worker may have started before the new version reached its KEK file.
+                if rotation.target_version in self._parts.keks.usable:
+                    await self._take_part(rotation)
+            self._go_on()
+            await asyncio.sleep(IDLE)
+
+    async def _slot(self, rotation: Rotation, claim: Claim) -> Mapping[str, int]:
+        return await self._work.do(rotation, claim)
+
+    def _target(self) -> int:
+        view = self._parts.keks.view
+        return (
+            view.active + 1
+            if view.active + 1 not in view.keks
+            else max(
+                [kek.version for kek in view.keks.values() if kek.state is KekState.STAGED],
+                default=max(view.keks) + 1,
+            )
+        )
+
+    async def _begin(self, lock: Lock) -> Rotation:
+        parts = self._parts
+        await self._patiently(parts.keks.refresh)
+        if parts.keks.problem:
+            raise RotationRefused(f"no rotation while the KEKs are not in order: {parts.keks.problem}")
+        reason = await self._patiently(parts.slots.headroom)
+        if reason:
+            raise RotationRefused(reason)
+        now = int(parts.now())
+        target = self._target()
+        rotation = Rotation(
+            rotation_id=f"r_{target}_{secrets.token_hex(4)}",
+            source_version=parts.keks.active,
+            target_version=target,
+            step=Step.DISTRIBUTE,
+            started_at=now,
+            step_at=now,
+            verify_sample=self._conduct.verify_sample,
+        )
+        await self._note("rotation.begin", "intent", rotation)
+        await self._patiently(lambda: parts.ledger.save(rotation, lock))
+        await self._note("rotation.begin", "ok", rotation)
+        parts.reached("begun")
+        return rotation
+
+    async def _do(self, rotation: Rotation, lock: Lock) -> Rotation:
+        parts = self._parts
+        parts.progress.step(rotation, len(ALL_TAGS) if rotation.step in SHARED else 0)
+        if rotation.step is Step.DISTRIBUTE:
+            await self._distribute(rotation)
+        elif rotation.step is Step.ACTIVATE:
+            await self._note("kek.activate", "intent", rotation)
+            await self._patiently(
+                lambda: parts.registry.activate(rotation.target_version, now=int(parts.now()), lock=lock)
+            )
+            await self._note("kek.activate", "ok", rotation)
+            await self._patiently(parts.keks.refresh)
+            parts.reached("activated")
+        if rotation.step in SHARED:
+            await self._share(rotation, lock)
+        quarantined = 0
+        if rotation.step is Step.VERIFY:
+            quarantined = await self._patiently(lambda: self._work.count_quarantined(rotation))
+        advanced = advance(rotation, now=int(parts.now()), quarantined=quarantined)
+        parts.reached(f"{rotation.step}:done")
+        await self._patiently(lambda: parts.ledger.save(advanced, lock))
+        await self._note("rotation.finish" if advanced.finished_at else "rotation.step", "ok", advanced)
+        parts.reached(f"{advanced.step}:saved")
+        return await parts.ledger.get(rotation.rotation_id) or advanced
+
+    async def _distribute(self, rotation: Rotation) -> None:
+        parts = self._parts
+        version = rotation.target_version
+        await self._note("kek.stage", "intent", rotation)
+        await self._patiently(lambda: parts.stager.stage(version))
+        parts.reached("staged")
+        source = parts.keks.source
+        value = await source.check_value(version)
+        kek = KekInfo(
+            version=version,
+            kek_id=kek_id_of(value),
+            source=source.name,
+            source_key=source.source_key(version),
+            check_value=value,
+            state=KekState.STAGED,
+            created_at=int(parts.now()),
+        )
+        await self._patiently(lambda: parts.registry.stage(kek))
+        await self._note("kek.stage", "ok", rotation)
+        parts.reached("registered")
+        escrowed = await self._patiently(lambda: parts.stager.escrow(version))
+        if not escrowed:
+            parts.progress.warning(
+                f"KEK version {version} is escrowed to nobody: the KEK source is the only way to the data"
+            )
+        parts.reached("escrowed")
+        await self._patiently(parts.keks.refresh)
+        if version not in parts.keks.usable:
+            raise RotationRefused(parts.keks.problem or f"KEK version {version} can't be loaded here")
+        await self._await_instances(version)
+        parts.reached("distributed")
+
+    async def _await_instances(self, version: int) -> None:
+        parts = self._parts
+        deadline = parts.now() + self._conduct.wait
+        while True:
+            live, gone = by_life(await self._patiently(parts.heartbeats.live), parts.now())
+            missing = [beat.instance for beat in live if version not in beat.kek_versions]
+            if not missing:
+                if gone:
+                    parts.progress.waiting([], [beat.instance for beat in gone])
+                return
+            parts.progress.waiting(missing, [beat.instance for beat in gone])
+            if parts.now() >= deadline:
+                raise InstancesMissing(
+                    f"KEK version {version} is not loaded by: {', '.join(missing)}; bring it to them or"
+                    " stop them, then run again"
+                )
+            self._go_on()
+            await asyncio.sleep(IDLE)

@@ -1,0 +1,44 @@
+"""The `progressdb-kms` command with fault points, for tests: the package itself has none.
+
+`PROGRESSDB_KMS_FAULT_POINT=name[:N]` ends this process by SIGKILL when the rotation job reaches that
+transition for the Nth time (the first without N). `PROGRESSDB_KMS_LEASE` shortens leases, in seconds, so
+that the next run need not wait for those of a killed one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+from collections import Counter
+
+from progressdb_kms.cli.app import run
+from progressdb_kms.rotation import job
+from progressdb_kms.usecases import crew
+
+POINT = "PROGRESSDB_KMS_FAULT_POINT"
+LEASE = "PROGRESSDB_KMS_LEASE"
+
+
+def main() -> int:
+    """Set the fault point, then run the command."""
+    found = re.fullmatch(r"(.+?)(?::([0-9]+))?", os.environ.get(POINT, "-"))
+    assert found
+    name, number = found[1], int(found[2] or 1)
+    seen: Counter[str] = Counter()
+
+    def reached(point: str) -> None:
+        seen[point] += 1
+        if point == name and seen[point] == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    job.REACHED = reached
+    if LEASE in os.environ:
+        crew.LEASE = float(os.environ[LEASE])  # type: ignore[misc] # Final for everyone else
+        crew.RENEW = crew.LEASE / 4  # type: ignore[misc]
+    return run(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
