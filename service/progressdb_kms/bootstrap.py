@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import secrets
 import signal
+import socket
+import sys
 import time
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +28,8 @@ from progressdb_kms.domain.errors import (
     OperatorError,
     PolicyInvalid,
     SettingsInvalid,
+    StoreNotDurable,
+    StoreUnavailable,
 )
 from progressdb_kms.domain.policy import Policy, parse_policy
 from progressdb_kms.files import Watch
@@ -43,12 +48,14 @@ from progressdb_kms.usecases.keycache import DekCache
 from progressdb_kms.usecases.loading import Loader
 from progressdb_kms.usecases.session import PolicyBook, Session
 from progressdb_kms.usecases.upkeep import Upkeep
+from progressdb_kms.usecases.vault import Vault
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
     from progressdb_kms.domain.identity import Identity
+    from progressdb_kms.ports import AuditLog, KekSource
 
 log = structlog.get_logger(__name__)
 
@@ -140,6 +147,53 @@ def kek_source(settings: Settings) -> FileKekSource:
     return FileKekSource(settings.kek.path)
 
 
+def make_vault(store: RedisStore, source: KekSource, audit: AuditLog, owner: str) -> Vault:
+    """Return what backups and destruction work with."""
+    return Vault(
+        keys=store.keys,
+        backups=store.backups,
+        destruction=store.destruction,
+        ledger=store.rotation_ledger,
+        slots=store.rotation_slots,
+        registry=store.registry,
+        source=source,
+        audit=audit,
+        owner=owner,
+        release=__version__,
+    )
+
+
+@asynccontextmanager
+async def open_vault(settings: Settings, command: str) -> AsyncIterator[tuple[Vault, KekBook]]:
+    """Open the configured store and KEKs for an operator's command. Its audit records go to standard error.
+
+    Args:
+        settings: The configuration.
+        command: Its name, for locks and the audit log.
+
+    Raises:
+        OperatorError: A file that it needs can't be used.
+        StoreUnavailable: The store does not answer.
+        StoreNotDurable: It could lose what is written to it.
+    """
+    configure_logs(settings.log.level, settings.log.format)
+    for line in harden():
+        log.debug("hardening", detail=line)
+    source = kek_source(settings)
+    owner = f"{command} on {socket.gethostname()}, process {os.getpid()}, {secrets.token_hex(4)}"
+    store = await open_store(store_settings(settings))
+    try:
+        status = store.health.status
+        if not status.reachable:
+            raise StoreUnavailable("the store does not answer: check store.url, and that it runs")
+        if status.problems:
+            raise StoreNotDurable("; ".join(status.problems))
+        keks = KekBook(source=source, registry=store.registry, observer=Metrics())
+        yield make_vault(store, source, StdoutAuditLog(owner, sys.stderr), owner), keks
+    finally:
+        await store.close()
+
+
 def load_policy(path: Path) -> tuple[Policy, str]:
     """Read the policy file and return it with the name of its content.
 
@@ -214,6 +268,8 @@ class Service:
             cache=cache,
             audit=StdoutAuditLog(instance),
             observer=self.metrics,
+            backups=self.store.backups,
+            ledger=self.store.rotation_ledger,
             policies=self.policies,
             bounds=Bounds(
                 plaintext_bytes=settings.limits.plaintext_bytes,
@@ -229,6 +285,7 @@ class Service:
             heartbeats=self.store.heartbeats,
             release=__version__,
             instance=instance,
+            vault=make_vault(self.store, self.source, kms.audit, f"service {instance}"),
         )
         self.server = Server(
             app=create_app(Api(kms, loader, settings.limits, self.metrics.request)),

@@ -62,6 +62,8 @@ def create_app(api: Api) -> Quart:
     # Hypercorn hands on pieces as they come; Quart refuses what goes over the largest limit of all, and the
     # dispatcher what goes over the route's own.
     app.config["MAX_CONTENT_LENGTH"] = max(api.limits.body_bytes, api.limits.batch_body_bytes)
+    # A thread_id in a path may hold slashes, two in a row and at its ends too.
+    app.url_map.merge_slashes = False
     app.config["BODY_TIMEOUT"] = None  # the dispatcher's own covers the whole body
     hot = Hot(api.kms)
     document = openapi_document(api.limits)

@@ -16,6 +16,8 @@ from progressdb_kms.usecases.messages import JSON, MSGPACK, Failed
 if TYPE_CHECKING:
     from progressdb_kms.settings import Limits
 
+_PART: Final = r"<(?:path:)?(\w+)>"
+"""A part of a path; one that may hold encoded slashes says so."""
 _REF: Final = "#/components/schemas/{name}"
 
 
@@ -28,8 +30,8 @@ def openapi_document(limits: Limits) -> dict[str, Any]:
     _refine(schemas, limits)
     paths: dict[str, Any] = {}
     for route in ROUTES:
-        path = re.sub(r"<(\w+)>", r"{\1}", route.path)
-        paths.setdefault(path, {})[route.method.lower()] = _operation(route, limits)
+        path = re.sub(_PART, r"{\1}", route.path)
+        paths.setdefault(path, {})[route.method.lower()] = _operation(route, path, limits)
     paths["/openapi.json"] = {
         "get": {
             "operationId": "openapi",
@@ -80,10 +82,10 @@ def _refine(schemas: dict[str, Any], limits: Limits) -> None:
     schemas["RewrapRequest"]["properties"].pop("new_kek_hex", None)
 
 
-def _operation(route: Route, limits: Limits) -> dict[str, Any]:
+def _operation(route: Route, path: str, limits: Limits) -> dict[str, Any]:
     parameters: list[dict[str, Any]] = [
         {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
-        for name in re.findall(r"<(\w+)>", route.path)
+        for name in re.findall(_PART, route.path)
     ]
     parameters += [
         {"name": name, "in": "query", "required": name in route.required, "schema": schema}
@@ -100,14 +102,15 @@ def _operation(route: Route, limits: Limits) -> dict[str, Any]:
             }
         )
     operation: dict[str, Any] = {
-        "operationId": re.sub(r"\W+", "_", f"{route.method.lower()}{route.path}").strip("_"),
+        "operationId": re.sub(r"\W+", "_", f"{route.method.lower()}{path}").strip("_"),
         "summary": route.summary,
         "responses": {"200": {"description": "Done", "content": _content(_answer_schema(route))}} | _errors(),
     }
     if parameters:
         operation["parameters"] = parameters
     if route.permission is not None:
-        operation["description"] = f"Needs `{route.permission}`."
+        needed = " and ".join(f"`{name}`" for name in (route.permission, route.also) if name)
+        operation["description"] = f"Needs {needed}."
     if route.takes is not None:
         schema = _schema(route.takes)
         if route.batch:

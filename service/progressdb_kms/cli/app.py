@@ -17,6 +17,7 @@ _NAME: Final = "progressdb-kms"
 _INTERRUPTED: Final = 128 + 2
 
 _COMMANDS: Final = {
+    "backup": "backup:backup",
     "decrypt": "messages:decrypt",
     "dev": "dev.command:dev",
     "doctor": "doctor:doctor",
@@ -25,6 +26,7 @@ _COMMANDS: Final = {
     "keys": "keys:keys",
     "openapi": "serve:openapi",
     "pki": "pki_commands:pki",
+    "restore": "restore:restore",
     "serve": "serve:serve",
     "version": "version:version",
 }

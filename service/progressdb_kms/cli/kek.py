@@ -9,6 +9,7 @@ import click
 
 from progressdb_kms.cli.connection import Connection, connection_options
 from progressdb_kms.cli.output import json_option, print_json, print_table
+from progressdb_kms.cli.retire import retire
 from progressdb_kms.domain.keyring import kek_id_of
 from progressdb_kms.kek.init import init_kek_file
 
@@ -16,6 +17,9 @@ from progressdb_kms.kek.init import init_kek_file
 @click.group()
 def kek() -> None:
     """Key-encryption keys."""
+
+
+kek.add_command(retire)
 
 
 @kek.command()

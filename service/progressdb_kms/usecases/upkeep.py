@@ -9,6 +9,7 @@ import structlog
 
 from progressdb_kms.domain.errors import KmsError, OperatorError, StoreUnavailable
 from progressdb_kms.ports import Heartbeat
+from progressdb_kms.usecases.destruction import sweep
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from progressdb_kms.ports import Heartbeats, StoreHealth
     from progressdb_kms.usecases.context import Kms
     from progressdb_kms.usecases.loading import Loader
+    from progressdb_kms.usecases.vault import Vault
 
 log = structlog.get_logger(__name__)
 
@@ -27,6 +29,7 @@ REGISTRY_EVERY: Final = 1.0
 HEARTBEAT_EVERY: Final = 2.0
 STORE_EVERY: Final = 3.0
 USES_EVERY: Final = 1.0
+DESTRUCTION_EVERY: Final = 60.0
 
 
 class Upkeep:
@@ -39,6 +42,7 @@ class Upkeep:
         heartbeats: Where this instance says that it lives.
         release: The package's version.
         instance: Random name of this process.
+        vault: What destroys keys when their waiting period is over.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class Upkeep:
         heartbeats: Heartbeats,
         release: str,
         instance: str,
+        vault: Vault,
     ) -> None:
         self._kms = kms
         self._loader = loader
@@ -59,6 +64,7 @@ class Upkeep:
         self._started_at = kms.now()
         self._tasks: list[asyncio.Task[None]] = []
         self._instance = instance
+        self._vault = vault
 
     def start(self) -> None:
         """Begin; needs a running event loop."""
@@ -68,6 +74,7 @@ class Upkeep:
             asyncio.create_task(self._every(HEARTBEAT_EVERY, self._beat), name="heartbeat"),
             asyncio.create_task(self._every(STORE_EVERY, self._check_store), name="store"),
             asyncio.create_task(self._every(USES_EVERY, self.report_uses), name="uses"),
+            asyncio.create_task(self._every(DESTRUCTION_EVERY, self._destroy_due), name="destruction"),
         ]
 
     async def stop(self) -> None:
@@ -147,6 +154,11 @@ class Upkeep:
         if status.reachable and status.problems != before:
             for problem in status.problems:
                 log.error("store_not_durable", detail=problem)
+
+    async def _destroy_due(self) -> None:
+        swept = await sweep(self._vault)
+        if swept is not None and swept.destroyed:
+            log.info("keys_destroyed", count=len(swept.destroyed), files_rewritten=swept.rewritten)
 
     async def report_uses(self) -> None:
         """Write down the uses of keys that have left the cache."""

@@ -9,6 +9,8 @@ How it hangs together: ``keys``, ``registry``, ``heartbeats``, ``health``, ``rot
 from __future__ import annotations
 
 from progressdb_kms.store.redis.address import parse_url
+from progressdb_kms.store.redis.backups import RedisBackups
+from progressdb_kms.store.redis.destruction import RedisDestruction
 from progressdb_kms.store.redis.health import RedisHealth
 from progressdb_kms.store.redis.heartbeats import RedisHeartbeats
 from progressdb_kms.store.redis.keys import RedisKeys
@@ -33,6 +35,8 @@ class RedisStore:
         health: ``StoreHealth``.
         rotation_ledger: ``RotationLedger``.
         rotation_slots: ``RotationStore``.
+        backups: ``BackupStore``.
+        destruction: ``DestructionStore``.
     """
 
     def __init__(self, settings: StoreSettings, observer: StoreObserver) -> None:
@@ -45,6 +49,8 @@ class RedisStore:
         self.health = RedisHealth(self._topology, address, settings)
         self.rotation_ledger = RedisRotationLedger(router)
         self.rotation_slots = RedisRotationSlots(router)
+        self.backups = RedisBackups(router)
+        self.destruction = RedisDestruction(router, settings)
 
     async def close(self) -> None:
         """Close all connections; what is under way fails with StoreUnavailable."""
