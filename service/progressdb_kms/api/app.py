@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 from quart import Quart, Response, request
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, RequestEntityTooLarge
+from werkzeug.routing import BaseConverter
 
 from progressdb_kms.api.openapi import openapi_document
 from progressdb_kms.api.problems import problem_of, status_of
@@ -56,6 +57,13 @@ class Api:
     counted: Counted
 
 
+class _AnyText(BaseConverter):
+    """A part of a path that may hold anything, slashes at its ends too; Werkzeug's own takes none at the start."""
+
+    regex = ".+?"
+    part_isolating = False
+
+
 def create_app(api: Api) -> Quart:
     """Build the ASGI app. It takes the caller's session from ``scope["state"]["kms.session"]``."""
     app = Quart("progressdb_kms", static_folder=None)
@@ -64,6 +72,7 @@ def create_app(api: Api) -> Quart:
     app.config["MAX_CONTENT_LENGTH"] = max(api.limits.body_bytes, api.limits.batch_body_bytes)
     # A thread_id in a path may hold slashes, two in a row and at its ends too.
     app.url_map.merge_slashes = False
+    app.url_map.converters["any_text"] = _AnyText
     app.config["BODY_TIMEOUT"] = None  # the dispatcher's own covers the whole body
     hot = Hot(api.kms)
     document = openapi_document(api.limits)

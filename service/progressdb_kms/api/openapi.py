@@ -16,7 +16,7 @@ from progressdb_kms.usecases.messages import JSON, MSGPACK, Failed
 if TYPE_CHECKING:
     from progressdb_kms.settings import Limits
 
-_PART: Final = r"<(?:path:)?(\w+)>"
+_PART: Final = r"<(?:any_text:)?(\w+)>"
 """A part of a path; one that may hold encoded slashes says so."""
 _REF: Final = "#/components/schemas/{name}"
 

@@ -113,7 +113,7 @@ class DestructionStore(Protocol):
     """Destroys keys whose waiting period is over."""
 
     async def lease(self, owner: str, seconds: float) -> bool:
-        """Take or prolong the right to carry out destructions; False where another has it."""
+        """Take or prolong the right to carry out destructions; False where another has it. 0 seconds gives it back."""
 
     async def due(self, now: int) -> Mapping[str, Sequence[str]]:
         """Return the keys that are due at ``now`` (Unix seconds), by slot tag, at most 100 a slot."""

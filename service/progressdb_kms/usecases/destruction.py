@@ -6,12 +6,14 @@ that they need is retired and erased.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 import structlog
 
 from progressdb_kms.domain.backup import Destruction, holding
+from progressdb_kms.domain.errors import StoreUnavailable
 from progressdb_kms.domain.keyring import KekState
 from progressdb_kms.domain.keys import DekRecord
 from progressdb_kms.domain.rotation import bucket_digest, slot_digest
@@ -59,6 +61,14 @@ async def sweep(vault: Vault) -> Swept | None:
     """
     if not await vault.destruction.lease(vault.owner, LEASE):
         return None
+    try:
+        return await _sweep(vault)
+    finally:
+        with suppress(StoreUnavailable):  # it runs out by itself
+            await vault.destruction.lease(vault.owner, 0)
+
+
+async def _sweep(vault: Vault) -> Swept:
     swept = Swept()
     while True:
         due = await vault.destruction.due(int(vault.now()))
