@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,19 +15,11 @@ import redis
 import yaml
 
 from progressdb_kms.cli.dev.layout import open_layout, prepare
+from progressdb_kms.domain.policy import Permission
 from progressdb_kms.client import AdminClient, SyncKmsProvider, open_sync_provider
 from tests.cli.helpers import GOOD, wait_until
 
-EVERYTHING = [
-    "key:create",
-    "key:encrypt",
-    "key:decrypt",
-    "key:read",
-    "key:destroy",
-    "key:admin",
-    "rotation:run",
-    "audit:read",
-]
+EVERYTHING = tuple(str(permission) for permission in Permission)
 
 
 class Machine:
@@ -36,9 +28,12 @@ class Machine:
     Args:
         folder: Where; it is made.
         kek_file: Copied in, where it is not a new machine's own.
+        permissions: What this user may do.
     """
 
-    def __init__(self, folder: Path, kek_file: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path, kek_file: Path | None = None, permissions: Sequence[str] = EVERYTHING
+    ) -> None:
         self.folder = folder
         self.layout = open_layout(folder / "s")
         prepare(self.layout)
@@ -46,7 +41,7 @@ class Machine:
             self.kek_file.unlink()
             shutil.copy(kek_file, self.kek_file)
         self.store_socket = folder / "store.sock"
-        rules = [{"identities": [f"uid:{os.getuid()}"], "permissions": EVERYTHING}]
+        rules = [{"identities": [f"uid:{os.getuid()}"], "permissions": list(permissions)}]
         self.layout.policy.write_text(yaml.safe_dump({"rules": rules}))
         document = yaml.safe_load(self.config.read_text())
         document["store"]["url"] = f"unix://{self.store_socket}"
