@@ -15,8 +15,8 @@ import redis
 import yaml
 
 from progressdb_kms.cli.dev.layout import open_layout, prepare
-from progressdb_kms.domain.policy import Permission
 from progressdb_kms.client import AdminClient, SyncKmsProvider, open_sync_provider
+from progressdb_kms.domain.policy import Permission
 from tests.cli.helpers import GOOD, wait_until
 
 EVERYTHING = tuple(str(permission) for permission in Permission)

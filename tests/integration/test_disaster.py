@@ -11,7 +11,13 @@ from pathlib import Path
 import pytest
 
 from progressdb_kms.client import AdminClient, SyncKmsProvider
-from progressdb_kms.domain.errors import KeyDecryptOnly, KeyDestroyed, KeyDisabled, KeyPendingDestruction, KmsError
+from progressdb_kms.domain.errors import (
+    KeyDecryptOnly,
+    KeyDestroyed,
+    KeyDisabled,
+    KeyPendingDestruction,
+    KmsError,
+)
 from progressdb_kms.domain.keys import locate
 from tests.integration.drill import Machine
 
@@ -70,7 +76,11 @@ def _check(
 ) -> None:
     """Every key is in its state; every ciphertext decrypts, once its key is allowed to."""
     assert {key.key_id: key.state for key in admin.list_keys(limit=1000)} == states
-    resting = {"disabled": KeyDisabled, "pending_destruction": KeyPendingDestruction, "destroyed": KeyDestroyed}
+    resting = {
+        "disabled": KeyDisabled,
+        "pending_destruction": KeyPendingDestruction,
+        "destroyed": KeyDestroyed,
+    }
     ciphertexts = [(key_id, ciphertext, b"aad") for key_id, (ciphertext, _) in messages.items()]
     for (key_id, _, _), result in zip(ciphertexts, kms.decrypt_many(ciphertexts), strict=True):
         if states[key_id] in resting:

@@ -35,7 +35,7 @@ def clients(machine: Machine) -> Iterator[tuple[SyncKmsProvider, AdminClient]]:
 
 @pytest.mark.parametrize("thread_id", ["room:1", "a/b", "/a//b/", "ü ?#%&+", "x/rotate-dek", "k" * 256])
 def test_any_thread_id_can_be_rotated(clients: tuple[SyncKmsProvider, AdminClient], thread_id: str) -> None:
-    """Whatever stands in a thread_id, it travels in the path unharmed; the old key decrypts and no longer encrypts."""
+    """Whatever stands in a thread_id travels in the path unharmed; the old key only decrypts then."""
     kms, admin = clients
     old = kms.create_dek_for_thread(thread_id)
     sealed = kms.encrypt_with_dek(old.key_id, b"text").ciphertext
@@ -49,7 +49,7 @@ def test_any_thread_id_can_be_rotated(clients: tuple[SyncKmsProvider, AdminClien
 
 
 def test_idempotency_key_rotates_once(clients: tuple[SyncKmsProvider, AdminClient]) -> None:
-    """A retry finds the same key; a create with the same word makes another one; a plain create supersedes none."""
+    """A retry finds the same key; a create with the same word makes another one and supersedes none."""
     kms, admin = clients
     one = kms.rotate_dek("idem", idempotency_key="word")
     assert admin.rotate_dek("idem", "word") == one
@@ -72,7 +72,9 @@ def test_command_rotates(clients: tuple[SyncKmsProvider, AdminClient], machine: 
     assert json.loads(done.stdout)["version"] == "2"
 
 
-def test_backups_are_listed(clients: tuple[SyncKmsProvider, AdminClient], machine: Machine, tmp_path: Path) -> None:
+def test_backups_are_listed(
+    clients: tuple[SyncKmsProvider, AdminClient], machine: Machine, tmp_path: Path
+) -> None:
     """GET /v1/backups and `backup list` and `show` name an export with its digest."""
     done = machine.kms("backup", "create", "--config", machine.config, "--out", tmp_path / "e", "--json")
     assert done.returncode == 0, done.stderr

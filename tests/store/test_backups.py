@@ -228,7 +228,7 @@ async def test_restore_from_a_snapshot(scene: Scene) -> None:
 
 
 async def test_restore_brings_quarantined_keys_back(scene: Scene) -> None:
-    """What a rotation put in quarantine and an export still has whole is restored, and no longer in quarantine."""
+    """What is in quarantine and whole in an export is restored, and no longer in quarantine."""
     bad, _ = await scene.create("a", "b")
     file = await scene.export()
     await scene.damage(bad.key_id)
@@ -271,7 +271,7 @@ async def test_restore_refuses_what_would_lose_newer_state(scene: Scene) -> None
 
 
 async def test_retire_after_a_rotation(scene: Scene) -> None:
-    """Refused while snapshot, or export, or anything needs the version; then marked, and its file entry useless."""
+    """Refused while a snapshot or the export needs the version; then it is marked, once."""
     await scene.create("a", "b")
     old = await scene.export()
     with pytest.raises(RotationRefused, match="only a decrypt-only"):
@@ -304,7 +304,9 @@ async def test_retire_counts_records_and_not_the_census(scene: Scene, harness: H
     made = await scene.rotate()
     await backup.purge(scene.vault, made.rotation_id)
     if isinstance(harness, RedisHarness):
-        harness.server.ask("HSET", f"kms:{{{locate(record.key_id)}}}:dek:{record.key_id}", "wrapped", record.wrapped)
+        harness.server.ask(
+            "HSET", f"kms:{{{locate(record.key_id)}}}:dek:{record.key_id}", "wrapped", record.wrapped
+        )
     else:
         stored = harness.store._records[record.key_id]  # type: ignore[union-attr] # the memory store's own
         harness.store._records[record.key_id] = replace(stored, wrapped=record.wrapped)  # type: ignore[union-attr] # likewise

@@ -79,7 +79,9 @@ async def test_id_of_another_thread_is_refused(harness: Harness) -> None:
 
 def _same_slot(thread_id: str) -> str:
     return next(
-        name for name in (f"other:{number}" for number in range(100_000)) if slot_tag(name) == slot_tag(thread_id)
+        name
+        for name in (f"other:{number}" for number in range(100_000))
+        if slot_tag(name) == slot_tag(thread_id)
     )
 
 

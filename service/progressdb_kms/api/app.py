@@ -58,7 +58,7 @@ class Api:
 
 
 class _AnyText(BaseConverter):
-    """A part of a path that may hold anything, slashes at its ends too; Werkzeug's own takes none at the start."""
+    """A part of a path that may hold anything; Werkzeug's own takes no slash at its start."""
 
     regex = ".+?"
     part_isolating = False

@@ -72,7 +72,7 @@ class SnapshotView(Struct, frozen=True):
 
 
 class ExportView(Struct, frozen=True):
-    """A file that was exported; without ``finished_at`` it was interrupted. Destroyed keys may be in it still."""
+    """A file that was exported; without ``finished_at`` it was interrupted."""
 
     export_id: str
     kind: str

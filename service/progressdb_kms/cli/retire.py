@@ -40,9 +40,9 @@ def retire(version: int, config: Path, path: Path) -> None:
 
     useless = on_store(config, "kek retire", action)
     click.echo(
-        f"KEK version {version} is retired. Now remove version {version} from the KEK file (kek.path in {config}) of"
-        " every instance, and from wherever else it is kept: the Secret, copies, the escrow. Then what still needs"
-        " it can never be read again."
+        f"KEK version {version} is retired. Now remove version {version} from the KEK file (kek.path in"
+        f" {config}) of every instance, and from wherever else it is kept: the Secret, copies, the escrow."
+        " Then what still needs it can never be read again."
     )
     for note in useless:
         click.echo(f"export {note.export_id} (sha256 {note.sha256 or 'unknown'}) needs it, and ends with it")

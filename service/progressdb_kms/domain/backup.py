@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 SHORTEST_WAIT_DAYS: Final = 7
-"""Least waiting period of a destruction. Whatever was destroyed since an export that is younger was waiting for
-it in the export already, so that an import of it destroys it again when its time comes."""
+"""Least waiting period of a destruction. Whatever was destroyed since an export that is younger was waiting
+for it in the export already, so that an import of it destroys it again when its time comes."""
 DAY: Final = 86_400
 
 

@@ -8,8 +8,8 @@
     frame        kind(1) | length(4, big-endian) | payload
     seal frame   kind "Z", payload: a MAC over the SHA-256 of all that stands before this frame
 
-The first digest finds every accident without any key; the seal, made under a KEK, finds every forgery. What the
-frames hold is ``usecases.exportfile``'s affair: wrapped keys and metadata, never a key in the clear.
+The first digest finds every accident without any key; the seal, made under a KEK, finds every forgery. What
+the frames hold is ``usecases.exportfile``'s affair: wrapped keys and metadata, never a key in the clear.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Ports of backups, restores and destruction. All may raise StoreUnavailable, writing ones StoreNotDurable."""
+"""Ports of backups and destruction. All may raise StoreUnavailable, writing ones StoreNotDurable."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ class Extras:
 
     Attributes:
         wraps: Wraps counted so far, by KEK version.
-        escrow: KEKs sealed to recovery keys, by version, as they are stored; they open to no key of the service.
+        escrow: KEKs sealed to recovery keys, by version, as they are stored; they open to no key of the
+            service.
     """
 
     wraps: Mapping[int, int] = field(default_factory=dict)
@@ -55,8 +56,8 @@ class BackupStore(Protocol):
     def records(self) -> AsyncIterator[list[DekRecord | Damaged]]:
         """Yield every record of every primary, found by itself and not through an index.
 
-        In no order, and one may come twice. A record that changes meanwhile comes in one of its states; one that
-        was there all the time is never left out.
+        In no order, and one may come twice. A record that changes meanwhile comes in one of its states; one
+        that was there all the time is never left out.
 
         Raises:
             StoreUnavailable: Or a server was restarted or replaced meanwhile: start again.
@@ -113,7 +114,7 @@ class DestructionStore(Protocol):
     """Destroys keys whose waiting period is over."""
 
     async def lease(self, owner: str, seconds: float) -> bool:
-        """Take or prolong the right to carry out destructions; False where another has it. 0 seconds gives it back."""
+        """Take or prolong the right to destroy; False where another has it. 0 seconds give it back."""
 
     async def due(self, now: int) -> Mapping[str, Sequence[str]]:
         """Return the keys that are due at ``now`` (Unix seconds), by slot tag, at most 100 a slot."""
@@ -128,7 +129,8 @@ class DestructionStore(Protocol):
             merged: A tombstone came by an import: destroy the key in whatever state it is.
 
         Returns:
-            False where the key is not (any more) due: cancelled, or its time has not come by the store's clock.
+            False where the key is not (any more) due: cancelled, or its time has not come by the store's
+            clock.
         """
 
     async def destructions(self, key_ids: Sequence[str]) -> list[Destruction | None]:
@@ -146,6 +148,6 @@ class DestructionStore(Protocol):
     async def rewrite_files(self) -> list[str]:
         """Have every node, replicas too, rewrite its append-only file; return why not, one line a node.
 
-        Waits, bounded, until the files are written. What was owed at the beginning is settled when no node had
-        a reason.
+        Waits, bounded, until the files are written. What was owed at the beginning is settled when no node
+        had a reason.
         """

@@ -33,8 +33,8 @@ _STATUS: Final = StoreStatus(
 class MemoryStore:
     """Implements KeyStore, KekRegistry, Heartbeats and StoreHealth for one process and one event loop.
 
-    ``rotation_ledger``, ``rotation_slots``, ``backups`` and ``destruction`` implement the ports of their names over
-    the same records.
+    ``rotation_ledger``, ``rotation_slots``, ``backups`` and ``destruction`` implement the ports of their
+    names over the same records.
 
     Never raises StoreUnavailable or StoreNotDurable: it is always there, and says in its status that it
     promises nothing beyond the life of the process.

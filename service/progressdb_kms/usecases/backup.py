@@ -365,8 +365,8 @@ async def purge(vault: Vault, rotation_id: str, *, force: bool = False) -> int:
 
     Raises:
         BackupInvalid: There is no such snapshot.
-        RotationRefused: The rotation is not finished; or, without ``force``, records are in quarantine, for which
-            the snapshot may hold the only good copy.
+        RotationRefused: The rotation is not finished; or, without ``force``, records are in quarantine, for
+            which the snapshot may hold the only good copy.
     """
     async with exclusive(vault.ledger, vault.owner):
         return await _purge(vault, rotation_id, force=force)

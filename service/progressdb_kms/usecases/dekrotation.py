@@ -1,4 +1,4 @@
-"""Rotation of a thread's DEK: a new one for what is encrypted from now on, the older ones for what there is."""
+"""Rotation of a thread's DEK: a new one for what will be encrypted, the older ones for what there is."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _OF_ROTATION: Final = "rotate-dek "
 async def rotate_dek(
     kms: Kms, session: Session, thread_id: str, idempotency_key: str | None, request_id: str
 ) -> DekRecord:
-    """Make a thread's next DEK; those that were enabled only decrypt from now on, on every instance in a second.
+    """Make a thread's next DEK; within a second, those that were enabled only decrypt.
 
     A thread without a DEK gets its first one.
 

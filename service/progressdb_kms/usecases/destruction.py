@@ -1,6 +1,7 @@
 """Destruction of keys whose waiting period is over: blobs leave the store, its snapshots and its files.
 
-What remains is a tombstone, and a record that names the exports that hold the key still: they lose it when the KEK
+What remains is a tombstone, and a record that names the exports that hold the key still: they lose it when
+the KEK
 that they need is retired and erased.
 """
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 LEASE: Final = 600.0
-"""Seconds for which the right to destroy is taken: longer than a slot's keys and all rewrites of files take."""
+"""Seconds for which the right to destroy is taken: longer than a slot's keys and all rewrites take."""
 
 
 @dataclass(slots=True)
@@ -38,7 +39,8 @@ class Swept:
 
     Attributes:
         destroyed: Key ids.
-        files: Why append-only files could not be rewritten, one line a node; it is tried again by the next sweep.
+        files: Why append-only files could not be rewritten, one line a node; it is tried again by the next
+            sweep.
         rewritten: Whether all files were rewritten.
     """
 
@@ -50,7 +52,8 @@ class Swept:
 async def sweep(vault: Vault) -> Swept | None:
     """Destroy what is due; one instance at a time.
 
-    May be killed anywhere and run again: a key stays due until it is destroyed, and the rewrite of the files stays
+    May be killed anywhere and run again: a key stays due until it is destroyed, and the rewrite of the files
+        stays
     owed until it is done.
 
     Returns:
@@ -110,8 +113,8 @@ async def _slot(
     held: dict[str, Manifest],
     notes: Sequence[ExportNote],
 ) -> list[str]:
-    # A snapshot that was sealed and is what was sealed is sealed anew without the destroyed keys. One that is not
-    # keeps no seal: a change that nobody made on purpose must not get one.
+    # A snapshot that was sealed and is what was sealed is sealed anew without the destroyed keys. One that is
+    # not keeps no seal: a change that nobody made on purpose must not get one.
     sound = [name for name, manifest in held.items() if await _seal_holds(vault, tag, name, manifest)]
     destroyed = []
     for record in await vault.backups.read(key_ids):

@@ -1,8 +1,9 @@
 """What the frames of an export hold (``domain.export`` has their outer form): msgpack, with named members.
 
-In this order: one header, records in batches, one registry, one frame of counts. The registry was read after the
-records, so that it knows every KEK version that a record can be under. Members that a newer release adds are left
-out by an older one; what it must not leave out gets a new format number.
+In this order: one header, records in batches, one registry, one frame of counts. The registry was read after
+the
+records, so that it knows every KEK version that a record can be under. Members that a newer release adds are
+left out by an older one; what it must not leave out gets a new format number.
 """
 
 from __future__ import annotations

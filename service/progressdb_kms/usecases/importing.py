@@ -1,4 +1,4 @@
-"""Imports: an export's records and registry into a store, whole and durable, or merged into one that has some."""
+"""Imports: an export's records and registry into an empty store, or merged into one that has some."""
 
 from __future__ import annotations
 
@@ -51,13 +51,14 @@ async def import_export(
 ) -> ImportReport:
     """Fill a store from an export; every record is durable when this returns.
 
-    The registry is written last: until then no service starts on the store, and the same import can be run again.
+    The registry is written last: until then no service starts on the store, and the same import can be run
+        again.
 
     Args:
         vault: The store and the KEKs.
         chunks: Opens the file.
-        merge: Add what is missing to a store that has data. A record is never replaced, and a tombstone on either
-            side wins.
+        merge: Add what is missing to a store that has data. A record is never replaced, and a tombstone on
+            either side wins.
         accept_resurrection: Take an export that is so old that keys may have been destroyed since.
 
     Raises:
@@ -110,8 +111,8 @@ async def _target(vault: Vault, export: Inspected, *, merge: bool) -> RegistryVi
         return None
     if not merge:
         raise BackupInvalid(
-            "the store has other data, or another import into it was interrupted: use an empty store, finish the"
-            " other import, or add what is missing with --merge"
+            "the store has other data, or another import into it was interrupted: use an empty store, finish"
+            " the other import, or add what is missing with --merge"
         )
     view = await vault.registry.load()
     if view is None:
@@ -120,8 +121,8 @@ async def _target(vault: Vault, export: Inspected, *, merge: bool) -> RegistryVi
         known = view.keks.get(kek.version)
         if known is not None and known.check_value != kek.check_value:
             raise BackupInvalid(
-                f"the export's KEK version {kek.version} is {kek.kek_id}, and the store's is {known.kek_id}: they"
-                " can't be merged"
+                f"the export's KEK version {kek.version} is {kek.kek_id}, and the store's is {known.kek_id}:"
+                " they can't be merged"
             )
         if known is not None and known.state is KekState.RETIRED:
             raise BackupInvalid(

@@ -44,7 +44,8 @@ class Restored:
         added: Key ids whose record was missing.
         healthy: Records that unwrap, and were left as they are.
         destroyed: Records of destroyed keys, which stay destroyed.
-        refused: Key ids that were left as they are, with the reason; ``force`` would change those in ``forcible``.
+        refused: Key ids that were left as they are, with the reason; ``force`` would change those in
+            ``forcible``.
         forcible: Key ids for which only ``force`` was missing.
         lost: With ``force``: key ids, and what of each was given up.
         absent: Key ids that were asked for and are not in the backup.
@@ -63,8 +64,8 @@ class Restored:
 class Restorer:
     """Puts wrapped keys back.
 
-    A copy is unwrapped under the KEK version that it names and wrapped under the active one, so that the floor
-    stands, and it replaces exactly the blob that was looked at. No state is ever restored.
+    A copy is unwrapped under the KEK version that it names and wrapped under the active one, so that the
+    floor stands, and it replaces exactly the blob that was looked at. No state is ever restored.
 
     Args:
         vault: The store.
@@ -222,7 +223,7 @@ class Restorer:
         return version, kek_id, blobs
 
     async def _add(self, copy: Copy) -> None:
-        """Put back a record that is missing, with the state that the export knows: there is no other any more."""
+        """Put back a record that is missing, with the state that the export knows: there is no other."""
         if copy.record is None:
             self._refuse(
                 copy.key_id, "its record is gone, which a snapshot does not hold: restore it from an export"

@@ -1,6 +1,7 @@
 """Retirement of a KEK version: only when nothing in the store needs it, and an export without it exists.
 
-It trusts no index: records are found by themselves on every primary, snapshots and quarantine are read through.
+It trusts no index: records are found by themselves on every primary, snapshots and quarantine are read
+through.
 """
 
 from __future__ import annotations
@@ -158,8 +159,8 @@ async def retire(vault: Vault, version: int, chunks: Callable[[], Iterable[bytes
         chunks: Opens a complete export that does without the version.
 
     Raises:
-        RotationRefused: Something needs the version, it is not decrypt-only, or a rotation is not finished; the
-            detail says what to do.
+        RotationRefused: Something needs the version, it is not decrypt-only, or a rotation is not finished;
+            the detail says what to do.
         BackupInvalid: The export is not verified, not complete, or needs the version itself.
         RotationRunning: A rotation or another such command is running.
     """

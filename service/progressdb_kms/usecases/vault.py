@@ -59,9 +59,10 @@ class Sealed:
 
 
 async def unwrap_all(source: KekSource, sealed: Sequence[Sealed]) -> list[bytes | KmsError]:
-    """Unwrap keys, each under exactly the version that its blob names; an error in the place of one that fails.
+    """Unwrap keys, each under exactly the version that its blob names; an error in place of one that fails.
 
-    Straight from the source, since a store that is being filled has no registry yet: whoever calls has compared
+    Straight from the source, since a store that is being filled has no registry yet: whoever calls has
+        compared
     the source's check values with a registry.
     """
     results: list[bytes | KmsError] = [WrappedKeyInvalid()] * len(sealed)

@@ -91,7 +91,7 @@ def test_no_cut_passes(first: int, second: int, again: bytes) -> None:
 
 
 @given(st.binary(max_size=200), st.booleans())
-def test_noise_is_no_export(data: bytes, marked: bool) -> None:  # noqa: FBT001 - Hypothesis gives it
+def test_noise_is_no_export(data: bytes, marked: bool) -> None:
     """Bytes of any kind are refused with the one error."""
     with pytest.raises(BackupInvalid):
         inspect_export(lambda: [b"PDBKMSX\x01" + data if marked else data])

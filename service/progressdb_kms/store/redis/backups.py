@@ -133,7 +133,6 @@ class RedisBackups:
             active = kek.state is KekState.ACTIVE
             state = KekState.DECRYPT_ONLY if known and active else kek.state
             keks += [kek.version, encode_kek(replace(kek, state=state))]
-        # In a store that lives on its own counts go on; the export's are of the same wraps, or of another store's.
         wraps: list[Argument] = [part for pair in extras.wraps.items() for part in pair]
         escrow: list[Argument] = [part for pair in extras.escrow.items() for part in pair]
         await self._router.write_one(

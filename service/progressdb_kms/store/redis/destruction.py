@@ -36,7 +36,7 @@ from progressdb_kms.store.settings import StoreSettings
 
 _DUE_AT_ONCE: Final = 100
 _REWRITE_SECONDS: Final = 120.0
-"""Longest wait for a node to rewrite its append-only file; a longer one is found finished by a later sweep."""
+"""Longest wait for a node to rewrite its file; a longer one is found finished by a later sweep."""
 _FIRST_POLL: Final = 0.02
 _LONGEST_POLL: Final = 1.0
 

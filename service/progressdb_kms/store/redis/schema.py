@@ -309,7 +309,9 @@ def decode_note(entry: bytes) -> ExportNote:
         members["kek_versions"] = tuple(members["kek_versions"])
         return ExportNote(**members)
     except (ValueError, KeyError, TypeError):
-        raise StoreUnavailable("the note of an export can't be read: damaged, or of a newer release") from None
+        raise StoreUnavailable(
+            "the note of an export can't be read: damaged, or of a newer release"
+        ) from None
 
 
 def encode_destruction(destruction: Destruction) -> str:
