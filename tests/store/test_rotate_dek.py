@@ -39,6 +39,15 @@ async def test_older_keys_only_decrypt(harness: Harness) -> None:
     assert await harness.store.keys.census() == {1: 4}
 
 
+async def test_thread_with_many_keys(harness: Harness) -> None:
+    """A thread that was given hundreds of keys is rotated like any other."""
+    await _make(harness, *(new_dek("a") for _ in range(600)))
+    record = await harness.store.keys.rotate(new_dek("a"))
+    assert record.version == 601
+    page = await harness.store.keys.list_keys(thread_id="a", state=KeyState.ENABLED, limit=1000, cursor=None)
+    assert [found.key_id for found in page.records] == [record.key_id]
+
+
 async def test_replay_changes_nothing(harness: Harness) -> None:
     """The same rotation again finds its key, and leaves what has been made since as it is."""
     dek = new_dek("a")

@@ -83,7 +83,7 @@ def create_app(api: Api) -> Quart:
     table = (*ROUTES, Route("GET", "/openapi.json", openapi, "Describe this API", None, dict))
     for route in table:
         app.add_url_rule(
-            route.path,
+            route.path.replace("<thread_id>", "<any_text:thread_id>"),
             endpoint=f"{route.method} {route.path}",
             view_func=_view(api, hot, route),
             methods=[route.method],

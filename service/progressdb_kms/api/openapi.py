@@ -16,8 +16,13 @@ from progressdb_kms.usecases.messages import JSON, MSGPACK, Failed
 if TYPE_CHECKING:
     from progressdb_kms.settings import Limits
 
-_PART: Final = r"<(?:any_text:)?(\w+)>"
-"""A part of a path; one that may hold encoded slashes says so."""
+_THREAD_ID: Final = {
+    "minLength": 1,
+    "maxLength": THREAD_ID_MAX_BYTES,
+    # Length counts bytes of UTF-8, which no pattern can say; this keeps to one byte a character.
+    "pattern": "^[ -~]+$",
+    "description": f"1 to {THREAD_ID_MAX_BYTES} bytes of UTF-8 without control characters",
+}
 _REF: Final = "#/components/schemas/{name}"
 
 
@@ -30,7 +35,7 @@ def openapi_document(limits: Limits) -> dict[str, Any]:
     _refine(schemas, limits)
     paths: dict[str, Any] = {}
     for route in ROUTES:
-        path = re.sub(_PART, r"{\1}", route.path)
+        path = re.sub(r"<(\w+)>", r"{\1}", route.path)
         paths.setdefault(path, {})[route.method.lower()] = _operation(route, path, limits)
     paths["/openapi.json"] = {
         "get": {
@@ -62,14 +67,7 @@ def openapi_document(limits: Limits) -> dict[str, Any]:
 
 def _refine(schemas: dict[str, Any], limits: Limits) -> None:
     for name in ("CreateRequest", "CreateItem"):
-        thread_id = schemas[name]["properties"]["thread_id"]
-        thread_id |= {
-            "minLength": 1,
-            "maxLength": THREAD_ID_MAX_BYTES,
-            # Length counts bytes of UTF-8, which no pattern can say; this keeps to one byte a character.
-            "pattern": "^[ -~]+$",
-            "description": f"1 to {THREAD_ID_MAX_BYTES} bytes of UTF-8 without control characters",
-        }
+        schemas[name]["properties"]["thread_id"] |= _THREAD_ID
     schemas["CreateItem"]["properties"]["idempotency_key"] |= {
         "description": "1 to 255 visible ASCII characters"
     }
@@ -84,8 +82,13 @@ def _refine(schemas: dict[str, Any], limits: Limits) -> None:
 
 def _operation(route: Route, path: str, limits: Limits) -> dict[str, Any]:
     parameters: list[dict[str, Any]] = [
-        {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
-        for name in re.findall(_PART, route.path)
+        {
+            "name": name,
+            "in": "path",
+            "required": True,
+            "schema": {"type": "string", **(_THREAD_ID if name == "thread_id" else {"minLength": 1})},
+        }
+        for name in re.findall(r"<(\w+)>", route.path)
     ]
     parameters += [
         {"name": name, "in": "query", "required": name in route.required, "schema": schema}

@@ -441,7 +441,7 @@ ROUTES: Final[tuple[Route, ...]] = (
     ),
     Route(
         "POST",
-        "/v1/threads/<any_text:thread_id>/rotate-dek",
+        "/v1/threads/<thread_id>/rotate-dek",
         rotate_dek,
         "Make a thread's next data key; its older ones only decrypt then",
         Permission.CREATE,

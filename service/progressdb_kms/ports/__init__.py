@@ -1,8 +1,8 @@
 """What the use cases need from the outside, as Protocols.
 
 Each method says which errors it raises; an adapter translates everything that its driver can raise into
-one of them. All errors are from ``domain.errors``. ``ports.service`` is what serving needs, ``ports.rotation``
-and ``ports.backup`` what rotations, backups and destruction need besides.
+one of them. All errors are from ``domain.errors``. ``ports.service`` is what serving needs,
+``ports.rotation`` and ``ports.backup`` what rotations, backups and destruction need besides.
 """
 
 from progressdb_kms.ports.backup import BackupStore, Damaged, DestructionStore, Extras, Imported

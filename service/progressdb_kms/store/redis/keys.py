@@ -76,8 +76,7 @@ class RedisKeys:
                 while True:
                     enabled = await self._enabled(tag, thread)
                     seconds, microseconds = await self._router.read_one(Call(tag, ("TIME",)))
-                    for key_id in enabled:
-                        await self._notices.put(key_id)
+                    await self._notices.put(*enabled)
                     call = script_call(
                         tag,
                         scripts.ROTATE_DEK,

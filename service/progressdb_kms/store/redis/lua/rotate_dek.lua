@@ -24,11 +24,15 @@ local age = time[1] * 1000 + math.floor(time[2] / 1000) - ARGV[8]
 if age < 0 or age > tonumber(ARGV[9]) then
   return {'late'}
 end
+local noticed = {}
+for id in string.gmatch(ARGV[11], '[^,]+') do
+  noticed[id] = true
+end
 local enabled, resting = {}, {}
 for _, id in ipairs(redis.call('ZRANGE', KEYS[2], 0, -1)) do
   local state = redis.call('HGET', ARGV[10] .. id, 'state')
   if state == 'enabled' then
-    if not string.find(',' .. ARGV[11] .. ',', ',' .. id .. ',', 1, true) then
+    if not noticed[id] then
       return {'late'}
     end
     enabled[#enabled + 1] = id
