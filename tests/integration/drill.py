@@ -85,9 +85,9 @@ class Machine:
         """Serve, and give clients that may do everything."""
         log = self.folder / "service.log"
         command = [sys.executable, "-m", "progressdb_kms.cli", "serve", "--config", str(self.config)]
+        before = log.read_text().count("serving") if log.exists() else 0
         with log.open("ab") as output:
             process = subprocess.Popen(command, stdout=output, stderr=output)
-        before = log.read_text().count('"serving"')
         try:
             wait_until(lambda: log.read_text().count("serving") > before or process.poll() is not None, log)
             assert process.poll() is None, log.read_text()
