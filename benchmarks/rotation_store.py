@@ -250,7 +250,7 @@ async def rotate(socket: str, kek_file: str, page: int, profile: str) -> dict[st
 
 
 def most_memory() -> float:
-    """Return the most MiB that this process had resident: not ru_maxrss, which is inherited from the starter."""
+    """Return the most MiB that this process had resident; ru_maxrss would be inherited from the starter."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 

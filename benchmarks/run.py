@@ -49,7 +49,9 @@ class Sample:
 
 def main() -> int:
     """Run everything and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=int, default=5, help="length of one run")
     parser.add_argument("--runs", type=int, default=3, help="runs of each combination")
     parser.add_argument("--connections", type=int, nargs="+", default=[1, 16, 64])
@@ -63,7 +65,9 @@ def main() -> int:
             for connections in options.connections:
                 for operation in options.operations:
                     path, body = requests[operation]
-                    samples.append(measure(generator, ready, operation, path, body, connections, options.seconds))
+                    samples.append(
+                        measure(generator, ready, operation, path, body, connections, options.seconds)
+                    )
                     print(".", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     results = HERE / "results"
@@ -79,7 +83,9 @@ def find_generator() -> Path:
     if found:
         return Path(found)
     if shutil.which("go") is None:
-        sys.exit(f"the load generator is missing: install Go, or put bombardier on PATH (go install {GENERATOR})")
+        sys.exit(
+            f"the load generator is missing: install Go, or put bombardier on PATH (go install {GENERATOR})"
+        )
     subprocess.run(["go", "install", GENERATOR], env={**os.environ, "GOBIN": str(TOOLS)}, check=True)
     return TOOLS / "bombardier"
 
@@ -89,7 +95,16 @@ def service() -> Iterator[dict[str, Any]]:
     """Run a development instance, the service on the first core, its store on the second."""
     with tempfile.TemporaryDirectory() as directory:
         ready_file = Path(directory) / "ready"
-        command = [sys.executable, "-m", "progressdb_kms.cli", "dev", "--dir", f"{directory}/dev", "--port", "0"]
+        command = [
+            sys.executable,
+            "-m",
+            "progressdb_kms.cli",
+            "dev",
+            "--dir",
+            f"{directory}/dev",
+            "--port",
+            "0",
+        ]
         command += ["--admin-port", "0", "--ready-file", str(ready_file)]
         with (Path(directory) / "log").open("w") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log)
@@ -110,8 +125,8 @@ def service() -> Iterator[dict[str, Any]]:
 def pin(pid: int, core: int) -> None:
     """Keep all threads of a process on one core, where the machine has two."""
     if (os.cpu_count() or 1) > 1:
-        for thread in os.listdir(f"/proc/{pid}/task"):
-            os.sched_setaffinity(int(thread), {core})
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            os.sched_setaffinity(int(thread.name), {core})
 
 
 def write_bodies(ready: dict[str, Any], directory: Path) -> dict[str, tuple[str, Path]]:
@@ -138,7 +153,13 @@ def write_bodies(ready: dict[str, Any], directory: Path) -> dict[str, tuple[str,
 
 
 def measure(
-    generator: Path, ready: dict[str, Any], operation: str, path: str, body: Path, connections: int, seconds: int
+    generator: Path,
+    ready: dict[str, Any],
+    operation: str,
+    path: str,
+    body: Path,
+    connections: int,
+    seconds: int,
 ) -> Sample:
     """Run the generator once against one route."""
     client = ready["clients"]["server"]
@@ -176,9 +197,12 @@ def print_table(samples: list[Sample]) -> None:
     for operation, connections in dict.fromkeys((sample.operation, sample.connections) for sample in samples):
         group = [s for s in samples if (s.operation, s.connections) == (operation, connections)]
         rates = [s.per_second for s in group]
-        cpu, p50, p99 = (statistics.median(getattr(s, name) for s in group) for name in ("cpu_us", "p50_us", "p99_us"))
+        cpu, p50, p99 = (
+            statistics.median(getattr(s, name) for s in group) for name in ("cpu_us", "p50_us", "p99_us")
+        )
+        spread = f"{min(rates):,.0f} to {max(rates):,.0f}"
         print(
-            f"| {operation} | {connections} | {statistics.median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f})"
+            f"| {operation} | {connections} | {statistics.median(rates):,.0f} ({spread})"
             f" | {cpu:.0f} | {p50:,.0f} | {p99:,.0f} | {sum(s.failed for s in group)} |"
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import os
 import secrets
 import signal
@@ -15,7 +16,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import structlog
-import yaml
 
 from progressdb_kms import __version__
 from progressdb_kms.api.admin import AdminApp
@@ -36,7 +36,7 @@ from progressdb_kms.files import Watch
 from progressdb_kms.kek.file import FileKekSource
 from progressdb_kms.observability.logs import configure_logs
 from progressdb_kms.observability.metrics import CONTENT_TYPE, Metrics
-from progressdb_kms.process import harden
+from progressdb_kms.process import allow_descriptors, harden
 from progressdb_kms.settings import Limits, Settings
 from progressdb_kms.store.redis import RedisStore, open_store
 from progressdb_kms.store.settings import StoreSettings
@@ -49,6 +49,7 @@ from progressdb_kms.usecases.loading import Loader
 from progressdb_kms.usecases.session import PolicyBook, Session
 from progressdb_kms.usecases.upkeep import Upkeep
 from progressdb_kms.usecases.vault import Vault
+from progressdb_kms.yamlfile import read_yaml
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -60,6 +61,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 START_RETRY_SECONDS = 0.5
+SPARE_DESCRIPTORS = 128
+"""For the admin port's connections, the store's, files and the event loop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,21 +198,14 @@ async def open_vault(settings: Settings, command: str) -> AsyncIterator[tuple[Va
 
 
 def load_policy(path: Path) -> tuple[Policy, str]:
-    """Read the policy file and return it with the name of its content.
+    """Read the policy file and return it with the name of what it says.
 
     Raises:
         PolicyInvalid: Says what to change.
     """
-    try:
-        raw = path.read_bytes()
-        document = yaml.safe_load(raw)
-    except OSError as error:
-        raise PolicyInvalid(f"can't read the policy {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark else ""
-        raise PolicyInvalid(f"the policy {path} is not valid YAML{where}") from None
-    return parse_policy(document), hashlib.sha256(raw).hexdigest()[:16]
+    document = read_yaml(path, PolicyInvalid, "the policy")
+    policy = parse_policy(document)
+    return policy, hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def openapi() -> dict[str, Any]:
@@ -435,8 +431,13 @@ async def serve(settings: Settings, *, on_ready: Callable[[Addresses], None] | N
         OperatorError: The service can't start as configured.
     """
     configure_logs(settings.log.level, settings.log.format)
-    for line in harden():
-        log.warning("hardening", detail=line)
+    limits = settings.limits
+    for line in [
+        *harden(),
+        allow_descriptors(limits.max_connections + limits.max_handshakes + SPARE_DESCRIPTORS),
+    ]:
+        if line:
+            log.warning("process", detail=line)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
-import yaml
 from msgspec import Meta, Struct
 
 from progressdb_kms.domain.errors import SettingsInvalid
+from progressdb_kms.yamlfile import read_yaml
 
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Seconds = Annotated[float, Meta(gt=0, le=86400)]
@@ -196,8 +196,13 @@ class Settings(_Section, frozen=True, kw_only=True):
 
 
 def redact_url(url: str) -> str:
-    """Return a store URL without the password that it may hold."""
-    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", url)
+    """Return a store URL without the password and the parameters that it may hold."""
+    head, _, query = url.partition("?")
+    scheme, separator, rest = head.partition("://")
+    # The last @: a password may hold one itself.
+    secret, at, hosts = rest.rpartition("@")
+    user, colon, _ = secret.partition(":")
+    return scheme + separator + user + (":***" if colon else "") + at + hosts + ("?***" if query else "")
 
 
 def load_settings(path: Path) -> Settings:
@@ -206,19 +211,7 @@ def load_settings(path: Path) -> Settings:
     Raises:
         SettingsInvalid: Says what is wrong, where, and what to change.
     """
-    try:
-        text = path.read_text()
-    except OSError as error:
-        raise SettingsInvalid(f"can't read the configuration {path}: {error.strerror}") from error
-    except UnicodeDecodeError:
-        raise SettingsInvalid(f"the configuration {path} is not UTF-8 text") from None
-    try:
-        document = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark else ""
-        raise SettingsInvalid(f"the configuration {path} is not valid YAML{where}") from None
-    return parse_settings(document, path.parent)
+    return parse_settings(read_yaml(path, SettingsInvalid, "the configuration"), path.parent)
 
 
 def parse_settings(document: Any, base: Path) -> Settings:  # noqa: ANN401 - whatever a YAML file may hold
@@ -242,7 +235,12 @@ def parse_settings(document: Any, base: Path) -> Settings:  # noqa: ANN401 - wha
 
 
 def _check(settings: Settings) -> None:
-    listen, store = settings.listen, settings.store
+    listen, store, limits = settings.listen, settings.store, settings.limits
+    if limits.body_bytes < limits.plaintext_bytes * 4 // 3 + 1024:
+        raise SettingsInvalid(
+            "configuration: limits.body_bytes is too small for limits.plaintext_bytes in base64: "
+            "give it a third more and 1024"
+        )
     if listen.host is None and listen.unix is None:
         raise SettingsInvalid("configuration: listen needs a host, or a unix socket, or both")
     if listen.host is not None and settings.tls is None:

@@ -64,7 +64,9 @@ def test_configuration_of_the_readme_is_valid():
     assert len(parse_policy(policy).rules) == 2
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/configuration.md", "docs/operations.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/configuration.md", "docs/operations.md", "CONTRIBUTING.md"]
+)
 def test_commands_in_the_documents_exist(name):
     """Every `progressdb-kms ...` that a document shows is a command with those options."""
     text = (ROOT / name).read_text()
@@ -83,9 +85,12 @@ def test_links_lead_somewhere():
     """Relative links of all documents point at files that exist."""
     broken = []
     for document in [*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text()):
-            if not (document.parent / target).exists():
-                broken.append(f"{document.relative_to(ROOT)}: {target}")
+        targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text())
+        broken += [
+            f"{document.relative_to(ROOT)}: {target}"
+            for target in targets
+            if not (document.parent / target).exists()
+        ]
     assert not broken
 
 

@@ -8,10 +8,17 @@ import secrets
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import parse_qs
 
 import structlog
 from quart import Quart, Response, request
-from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, RequestEntityTooLarge
+from werkzeug.exceptions import (
+    HTTPException,
+    InternalServerError,
+    MethodNotAllowed,
+    NotFound,
+    RequestEntityTooLarge,
+)
 from werkzeug.routing import BaseConverter
 
 from progressdb_kms.api.openapi import openapi_document
@@ -19,7 +26,6 @@ from progressdb_kms.api.problems import problem_of, status_of
 from progressdb_kms.api.routes import ROUTES, Call, Route
 from progressdb_kms.domain import errors
 from progressdb_kms.domain.errors import KmsError
-from progressdb_kms.usecases import lifecycle
 from progressdb_kms.usecases.encryption import Hot
 from progressdb_kms.usecases.messages import JSON, MSGPACK, encode
 
@@ -67,6 +73,8 @@ class _AnyText(BaseConverter):
 def create_app(api: Api) -> Quart:
     """Build the ASGI app. It takes the caller's session from ``scope["state"]["kms.session"]``."""
     app = Quart("progressdb_kms", static_folder=None)
+    # A path with // is no route: mended, it would be a redirect in HTML to whatever the Host header says.
+    app.url_map.merge_slashes = False
     # Hypercorn hands on pieces as they come; Quart refuses what goes over the largest limit of all, and the
     # dispatcher what goes over the route's own.
     app.config["MAX_CONTENT_LENGTH"] = max(api.limits.body_bytes, api.limits.batch_body_bytes)
@@ -120,7 +128,7 @@ def _view(api: Api, hot: Hot, route: Route) -> Callable[..., Awaitable[Response]
                 accept=accept,
                 body=body,
                 path=path,
-                query=request.args.to_dict(flat=False),
+                query=_query(),
                 idempotency_keys=request.headers.getlist("Idempotency-Key"),
             )
             async with _deadline(api.limits.request_timeout, errors.DeadlineExceeded):
@@ -140,6 +148,10 @@ def _unmatched(api: Api) -> Callable[[HTTPException], Awaitable[Response]]:
                 raise errors.MethodNotAllowed
             if isinstance(error, RequestEntityTooLarge):
                 raise errors.BodyTooLarge
+            if isinstance(
+                error, InternalServerError
+            ):  # Quart's, for what failed outside the handlers' own net
+                raise errors.InternalError
             raise errors.InvalidHeader
 
         response = await _answered(api, _UNMATCHED, respond)
@@ -169,7 +181,7 @@ async def _answered(
             response = Response(body, 200, content_type=content_type)
         except KmsError as error:
             code = error.code
-            response = await _problem(api, session, route, error, request_id)
+            response = _problem(api, route, error, request_id)
         except (
             Exception
         ):  # the last stop before the wire: nothing of the exception's text may reach the caller
@@ -198,9 +210,9 @@ async def _answered(
     return response
 
 
-async def _problem(api: Api, session: Session, route: str, error: KmsError, request_id: str) -> Response:
+def _problem(api: Api, route: str, error: KmsError, request_id: str) -> Response:
     if isinstance(error, errors.PermissionDenied):
-        await lifecycle.record_refusal(api.kms, session, error, route, request_id)
+        api.kms.refusals.note(error, route, request_id)
         log.info("refused", route=route, permission=error.permission, identity=error.identity)
     elif status_of(error) >= 500:  # noqa: PLR2004 - the classes of status codes are common knowledge
         log.warning("request_failed", route=route, code=error.code, detail=error.detail)
@@ -235,6 +247,19 @@ def _negotiate(*, needs_type: bool) -> tuple[str, str]:
     if best is None:
         raise errors.NotAcceptable
     return (best if best in {JSON, MSGPACK} else JSON), content_type
+
+
+def _query() -> dict[str, list[str]]:
+    """Return the query's parameters, decoded strictly: bad bytes replaced would ask for another thing.
+
+    Raises:
+        InvalidParameter: Not UTF-8, or not of the form.
+    """
+    raw = request.query_string
+    try:
+        return parse_qs(raw.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=16)
+    except ValueError:  # UnicodeDecodeError among them
+        raise errors.InvalidParameter("the query is not UTF-8 in percent-encoding") from None
 
 
 async def _read_body(limit: int) -> bytes:

@@ -10,6 +10,7 @@ import msgspec
 from progressdb_kms import __version__
 from progressdb_kms.api.problems import PROBLEM_JSON, STATUS, Problem
 from progressdb_kms.api.routes import ROUTES, Route
+from progressdb_kms.domain.envelope import MESSAGE_OVERHEAD
 from progressdb_kms.domain.keys import THREAD_ID_MAX_BYTES
 from progressdb_kms.usecases.messages import JSON, MSGPACK, Failed
 
@@ -19,11 +20,12 @@ if TYPE_CHECKING:
 _THREAD_ID: Final = {
     "minLength": 1,
     "maxLength": THREAD_ID_MAX_BYTES,
-    # Length counts bytes of UTF-8, which no pattern can say; this keeps to one byte a character.
-    "pattern": "^[ -~]+$",
+    # The limit counts bytes of UTF-8, which a schema can't say: maxLength counts characters.
+    "pattern": r"^[^\x00-\x1f\x7f-\x9f]+$",
     "description": f"1 to {THREAD_ID_MAX_BYTES} bytes of UTF-8 without control characters",
 }
 _REF: Final = "#/components/schemas/{name}"
+_BASE64: Final = "^(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$"
 
 
 def openapi_document(limits: Limits) -> dict[str, Any]:
@@ -66,6 +68,12 @@ def openapi_document(limits: Limits) -> dict[str, Any]:
 
 
 def _refine(schemas: dict[str, Any], limits: Limits) -> None:
+    for schema in schemas.values():
+        for field in schema.get("properties", {}).values():
+            for kind in (field, *field.get("anyOf", ())):
+                if kind.get("contentEncoding") == "base64":
+                    kind["pattern"] = _BASE64
+    schemas["DecryptItem"]["properties"]["ciphertext"]["minLength"] = 4 * -(-MESSAGE_OVERHEAD // 3)
     for name in ("CreateRequest", "CreateItem"):
         schemas[name]["properties"]["thread_id"] |= _THREAD_ID
     schemas["CreateItem"]["properties"]["idempotency_key"] |= {

@@ -24,7 +24,13 @@ from progressdb_kms.api.models import (
     rfc3339,
     view_of,
 )
-from progressdb_kms.domain.errors import InvalidHeader, InvalidParameter, KekNotAccepted, KmsError
+from progressdb_kms.domain.errors import (
+    InvalidHeader,
+    InvalidParameter,
+    KekNotAccepted,
+    KmsError,
+    PermissionDenied,
+)
 from progressdb_kms.domain.keys import KeyState, StateChange
 from progressdb_kms.domain.policy import Permission
 from progressdb_kms.usecases import dekrotation, lifecycle
@@ -167,6 +173,9 @@ async def create_dek_batch(call: Call) -> bytes:
         for item in _CREATE_BATCH.read(call.content_type, call.body, call.kms.bounds.batch_items)
     ]
     results = await lifecycle.create_deks(call.kms, call.session, wanted, call.request_id)
+    for result in results:
+        if isinstance(result, PermissionDenied):
+            call.kms.refusals.note(result, "/create_dek_batch", call.request_id)
     return call.answer(Results([failed(r) if isinstance(r, KmsError) else _created(r) for r in results]))
 
 

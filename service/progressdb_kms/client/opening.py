@@ -132,6 +132,13 @@ def _rules(options: ConnectOptions) -> Rules:
 
 
 def _endpoint(url: str | None, options: ConnectOptions) -> Endpoint:
+    # At run time a TypedDict takes anything, and a misspelt option would be ignored without a word.
+    for name in options.keys() - ConnectOptions.__optional_keys__:
+        raise TypeError(
+            f"unknown option {name}; known are {', '.join(sorted(ConnectOptions.__optional_keys__))}"
+        )
+    if options.get("encoding", "json") not in {"json", "msgpack"}:
+        raise ValueError("encoding is json or msgpack")
     ca, cert, key = options.get("ca"), options.get("cert"), options.get("key")
     files = TlsFiles(*(Path(path) if path is not None else None for path in (ca, cert, key)))
     return resolve(url, files, os.environ, allow_plain_http=options.get("allow_plain_http", False))

@@ -45,6 +45,8 @@ class KmsError(Exception):
     code: ClassVar[str] = "internal_error"
     title: ClassVar[str] = "Internal error"
     retryable: ClassVar[bool] = False
+    request_id: str = ""
+    """Finds the request in the service's log; set by the client on what the service answered."""
 
     def __init__(self, detail: str = "") -> None:
         super().__init__(detail or self.title)

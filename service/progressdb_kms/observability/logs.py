@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from structlog.typing import Processor
 
 _SECRET: Final = re.compile(
-    r"(^|_)(kek|dek|key|plaintext|ciphertext|wrapped|secret|password|token|aad|authorization|master_key|key_hex|body)(s|_hex|_bytes|_b64)?$",
+    r"(^|_)(kek|dek|key|plaintext|ciphertext|wrapped|secret|password|passphrase|credential|token|aad"
+    r"|authorization|master_key|key_hex|body)(s|_hex|_bytes|_b64|_pem)?$",
     re.IGNORECASE,
 )
 _HARMLESS: Final = frozenset({"source_key", "idempotency_key"})
@@ -39,7 +40,9 @@ def _clean(name: str, value: Any) -> Any:  # noqa: ANN401 - whatever is logged
     if name not in _HARMLESS and _SECRET.search(name) and not isinstance(value, bool | int | float):
         return _HIDDEN
     if isinstance(value, dict):
-        return {key: _clean(str(key), item) for key, item in value.items()}
+        return {
+            _HIDDEN if isinstance(key, bytes) else key: _clean(str(key), item) for key, item in value.items()
+        }
     if isinstance(value, list | tuple | set | frozenset):
         return [_clean("", item) for item in value]
     return value

@@ -98,7 +98,6 @@ class Metrics:
             buckets=_LATENCY,
             registry=self.registry,
         )
-        self._gauges: dict[str, Gauge] = {}
 
     def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
         """Add a gauge that is read at each scrape."""

@@ -3,6 +3,7 @@
 Differences from Hypercorn 0.18, each of which has a test:
 
 - only HTTP/1.0 and 1.1: no HTTP/2 preface, no h2c upgrade, no WebSocket, no CONNECT;
+- a body has one framing;
 - headers are counted, also when all of them arrive in one piece;
 - a disconnect never waits for an app that does not read, so neither the reading nor the app's task leaks;
 - an answer before the end of the request says ``Connection: close``, and the rest of the request is read
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# Together they are how requests are smuggled (RFC 9112 6.1); h11 would take the second and go on.
+_FRAMINGS = {b"content-length", b"transfer-encoding"}
 # Up to this, an answer's head and body go out in one write, thus one TLS record and one packet.
 JOINED_BYTES = 2**16
 
@@ -158,6 +161,8 @@ class Http1(H11Protocol):
             return 400, InvalidHeader("only HTTP/1.1 is spoken here")
         if request.method.upper() == b"CONNECT":
             return 405, MethodNotAllowed("CONNECT is not possible here")
+        if {name for name, _ in request.headers} >= _FRAMINGS:
+            return 400, InvalidHeader("a request has Content-Length or Transfer-Encoding, not both")
         return None
 
     async def _send_error_response(self, status_code: int) -> None:

@@ -42,6 +42,8 @@ def listen_tcp(host: str, port: int, what: str) -> socket.socket:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]
         sock = socket.socket(family, kind, protocol)
+    except UnicodeError:  # what a host name of impossible length is, to getaddrinfo
+        raise SettingsInvalid(f"{what}: {host[:32]!r} is not a host name") from None
     except OSError as error:
         raise SettingsInvalid(f"{what}: can't listen on {host} port {port}: {error.strerror}") from error
     try:

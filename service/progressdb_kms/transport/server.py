@@ -10,7 +10,6 @@ import asyncio
 import logging
 import random
 import socket
-from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -258,21 +257,15 @@ class Server:
         loop = asyncio.get_running_loop()
         protocol = ConnectionProtocol(loop)
         handshaking.set(sock)
-        try:
-            # uvloop's second result is its TLS layer, not our protocol.
-            transport, _layer = await loop.connect_accepted_socket(
-                lambda: protocol,
-                sock,
-                ssl=tls.context,
-                ssl_handshake_timeout=self._limits.handshake_timeout,
-                # Includes the sending of what is left. The sweep keeps the time, by what is being closed.
-                ssl_shutdown_timeout=self._limits.write_timeout + CLOSE_GRACE,
-            )
-        except asyncio.CancelledError:
-            # Cancelled before its first step, the loop's TLS layer would go on with the handshake.
-            with suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-            raise
+        # uvloop's second result is its TLS layer, not our protocol.
+        transport, _layer = await loop.connect_accepted_socket(
+            lambda: protocol,
+            sock,
+            ssl=tls.context,
+            ssl_handshake_timeout=self._limits.handshake_timeout,
+            # Includes the sending of what is left. The sweep keeps the time, by what is being closed.
+            ssl_shutdown_timeout=self._limits.write_timeout + CLOSE_GRACE,
+        )
         return transport, protocol
 
     async def _serve_plain(self, sock: socket.socket, kind: str, identity: Identity | None) -> None:

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from progressdb_kms.usecases.refusals import RefusalLog
 from progressdb_kms.usecases.session import PolicyBook
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Kms:
         ledger: What is known of rotations.
         policies: The policy in force.
         bounds: Limits.
+        refusals: Where refusals gather for the audit log.
         now: Gives Unix seconds.
         clock: Gives seconds of CLOCK_BOOTTIME.
         random: Gives that many bytes from a cryptographic generator (SP 800-90A, the kernel's).
@@ -62,3 +64,7 @@ class Kms:
     now: Callable[[], float] = time.time
     clock: Callable[[], float] = boottime
     random: Callable[[int], bytes] = os.urandom
+    refusals: RefusalLog = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "refusals", RefusalLog(self.audit))

@@ -11,7 +11,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from progressdb_kms.domain.envelope import NONCE_BYTES, open_sealed, seal
-from progressdb_kms.domain.errors import KeyExhausted, KmsError, PlaintextTooLarge
+from progressdb_kms.domain.errors import KeyExhausted, KmsError, PermissionDenied, PlaintextTooLarge
 from progressdb_kms.domain.keys import MAY_DECRYPT, MAY_ENCRYPT, refusal
 from progressdb_kms.domain.policy import Permission
 from progressdb_kms.usecases.keycache import CachedDek
@@ -161,7 +161,7 @@ class Hot:
                 )
                 done += 1
             except KmsError as error:
-                results.append(failed(error))
+                results.append(self._failed(error, "/encrypt_batch"))
         self._kms.observer.dek_uses("encrypt", done)
         return encode(accept, Results(results))
 
@@ -191,9 +191,14 @@ class Hot:
                 results.append(Decrypted(open_sealed(key.cipher, item.ciphertext, item.aad or None)))
                 done += 1
             except KmsError as error:
-                results.append(failed(error))
+                results.append(self._failed(error, "/decrypt_batch"))
         self._kms.observer.dek_uses("decrypt", done)
         return encode(accept, Results(results))
+
+    def _failed(self, error: KmsError, route: str) -> Failed:
+        if isinstance(error, PermissionDenied):
+            self._kms.refusals.note(error, route)
+        return failed(error)
 
     def _keys(self, items: Iterable[EncryptItem | DecryptItem | KmsError], loaded: Loaded) -> Loaded | Miss:
         keys: Loaded = {}

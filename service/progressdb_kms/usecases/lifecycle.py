@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -10,10 +10,10 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from progressdb_kms.domain.errors import (
     BatchTooLarge,
     InvalidField,
+    KekUnavailable,
     KeyDestroyed,
     KeyNotFound,
     KmsError,
-    PermissionDenied,
     StaleKek,
     StoreUnavailable,
     WrappedKeyInvalid,
@@ -85,22 +85,25 @@ async def create_deks(
             todo.append(_named(kms, session, number, want))
         except KmsError as error:
             results[number] = error
-    for _ in range(_ATTEMPTS):
-        stale = []
-        for entry, result in zip(todo, await _store_new(kms, session, todo), strict=True):
-            results[entry.number] = result
-            if isinstance(result, StaleKek):
-                stale.append(entry)
-        if not stale:
-            break
-        # The KEK was rotated while this instance still knew the old one: learn the new one, wrap again.
-        todo = stale
-        await kms.keks.refresh()
+    made: list[tuple[DekRecord, bool]] = []
+    try:
+        await _store_all(kms, session, todo, results, made)
+    except KmsError:
+        # With nothing made yet the caller gets the reason; else each item says for itself how it went.
+        if not made:
+            raise
     await kms.audit.record(
         [
-            AuditEvent("key.create", "ok", session.name, request_id, result.key_id, result.thread_id)
-            for result in results
-            if isinstance(result, DekRecord)
+            AuditEvent(
+                action="key.create",
+                outcome="ok",
+                identity=session.name,
+                request_id=request_id,
+                key_id=record.key_id,
+                thread_id=record.thread_id,
+                detail="" if fresh else "replay",
+            )
+            for record, fresh in made
         ]
     )
     return results
@@ -125,7 +128,33 @@ def _named(kms: Kms, session: Session, number: int, want: Wanted | KmsError) -> 
     return _Named(number, derive_key_id(session.name, key, thread_id), thread_id)
 
 
-async def _store_new(kms: Kms, session: Session, todo: Sequence[_Named]) -> list[DekRecord | KmsError]:
+async def _store_all(
+    kms: Kms,
+    session: Session,
+    todo: list[_Named],
+    results: list[DekRecord | KmsError],
+    made: list[tuple[DekRecord, bool]],
+) -> None:
+    """Store what is to do; fill in ``results``, and in ``made`` what was stored, even if an error ends it."""
+    for _ in range(_ATTEMPTS):
+        stale = []
+        for entry, (result, fresh) in zip(todo, await _store_new(kms, session, todo), strict=True):
+            results[entry.number] = result
+            if isinstance(result, StaleKek):
+                stale.append(entry)
+            elif isinstance(result, DekRecord):
+                made.append((result, fresh))
+        if not stale:
+            return
+        # The KEK was rotated while this instance still knew the old one: learn the new one, wrap again.
+        todo = stale
+        await kms.keks.refresh()
+
+
+async def _store_new(
+    kms: Kms, session: Session, todo: Sequence[_Named]
+) -> list[tuple[DekRecord | KmsError, bool]]:
+    """Return each result, and whether this very call made the key."""
     if not todo:
         return []
     deks = [kms.random(DEK_BYTES) for _ in todo]
@@ -146,24 +175,27 @@ async def _store_new(kms: Kms, session: Session, todo: Sequence[_Named]) -> list
         for entry, blob in zip(todo, blobs, strict=True)
     ]
     stored = await kms.store.create(new)
-    results: list[DekRecord | KmsError] = []
+    results: list[tuple[DekRecord | KmsError, bool]] = []
     for dek, blob, result in zip(deks, blobs, stored, strict=True):
-        if isinstance(result, DekRecord):
-            if result.state is KeyState.DESTROYED:
-                results.append(KeyDestroyed("the key that this Idempotency-Key made has been destroyed"))
-                continue
-            if result.wrapped == blob:  # ours and not an earlier call's: what it wraps is known
-                kms.cache.put(
-                    CachedDek(
-                        key_id=result.key_id,
-                        thread_id=result.thread_id,
-                        cipher=AESGCM(dek),
-                        state=result.state,
-                        version=str(result.version),
-                        loaded_at=began,
-                    )
+        if not isinstance(result, DekRecord):
+            results.append((result, False))
+            continue
+        if result.state is KeyState.DESTROYED:
+            results.append((KeyDestroyed("the key that this Idempotency-Key made has been destroyed"), False))
+            continue
+        fresh = result.wrapped == blob
+        if fresh:  # ours and not an earlier call's: what it wraps is known
+            kms.cache.put(
+                CachedDek(
+                    key_id=result.key_id,
+                    thread_id=result.thread_id,
+                    cipher=AESGCM(dek),
+                    state=result.state,
+                    version=str(result.version),
+                    loaded_at=began,
                 )
-        results.append(result)
+            )
+        results.append((result, fresh))
     return results
 
 
@@ -285,8 +317,26 @@ async def rewrap(kms: Kms, session: Session, key_id: str, request_id: str) -> De
         WrappedKeyInvalid: The stored blob does not unwrap; it is left as it is.
         ServiceError: Not now.
     """
+    record = await get_key(kms, session, key_id, Permission.ADMIN)
+
+    async def audited(outcome: str, detail: str) -> None:
+        event = AuditEvent("key.rewrap", outcome, session.name, request_id, key_id, record.thread_id, detail)
+        await kms.audit.record([event])
+
+    if record.state is not KeyState.DESTROYED and record.kek_version == kms.keks.active:
+        return record
+    await audited("intent", "")
+    try:
+        rewrapped = await _rewrap(kms, record)
+    except KmsError as error:
+        await audited("failed", error.code)
+        raise
+    await audited("ok", f"kek {rewrapped.kek_version}")
+    return rewrapped
+
+
+async def _rewrap(kms: Kms, record: DekRecord) -> DekRecord:
     for _ in range(_ATTEMPTS):
-        record = await get_key(kms, session, key_id, Permission.ADMIN)
         if record.state is KeyState.DESTROYED:
             raise KeyDestroyed
         if record.kek_version == kms.keks.active:
@@ -295,47 +345,19 @@ async def rewrap(kms: Kms, session: Session, key_id: str, request_id: str) -> De
         if isinstance(dek, KmsError):
             raise dek
         version, kek_id, (blob,) = await kms.keks.wrap([dek], [(record.key_id, record.thread_id)])
-        written = DekRecord(
-            key_id=record.key_id,
-            thread_id=record.thread_id,
-            wrapped=blob,
-            kek_id=kek_id,
-            kek_version=version,
-            version=record.version,
-            state=record.state,
-            created_at=record.created_at,
-            created_by=record.created_by,
-        )
+        written = replace(record, wrapped=blob, kek_id=kek_id, kek_version=version)
         (check,) = await unwrap_records(kms, [written])
+        if isinstance(check, KekUnavailable):
+            raise check
         if check != dek:
             raise WrappedKeyInvalid("the new wrap does not unwrap to the same key; the old one was kept")
         try:
-            done = await kms.store.rewrap(record, blob, kek_id, version)
+            if await kms.store.rewrap(record, blob, kek_id, version):
+                return written
         except StaleKek:
             await kms.keks.refresh()
-            continue
-        if done:
-            await kms.audit.record(
-                [
-                    AuditEvent(
-                        "key.rewrap",
-                        "ok",
-                        session.name,
-                        request_id,
-                        key_id,
-                        record.thread_id,
-                        f"kek {version}",
-                    )
-                ]
-            )
-            return await get_key(kms, session, key_id, Permission.ADMIN)
+        (found,) = await kms.store.get([record.key_id])
+        if found is None:
+            raise KeyNotFound
+        record = found
     raise StoreUnavailable("the key is being changed by others; try again")
-
-
-async def record_refusal(
-    kms: Kms, session: Session, error: PermissionDenied, route: str, request_id: str
-) -> None:
-    """Write a refusal for want of a permission to the audit log."""
-    await kms.audit.record(
-        [AuditEvent("refused", "refused", session.name, request_id, detail=f"{error.permission} {route}")]
-    )

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from progressdb_kms.domain.errors import KmsError, OperatorError, StoreUnavailable
+from progressdb_kms.domain.errors import KmsError, StoreUnavailable
 from progressdb_kms.ports import Heartbeat
 from progressdb_kms.usecases.destruction import sweep
+from progressdb_kms.usecases.loading import TICK
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -30,6 +31,8 @@ HEARTBEAT_EVERY: Final = 2.0
 STORE_EVERY: Final = 3.0
 USES_EVERY: Final = 1.0
 DESTRUCTION_EVERY: Final = 60.0
+REFUSALS_EVERY: Final = 1.0
+PAUSE_AFTER_BUG: Final = 1.0
 
 
 class Upkeep:
@@ -69,12 +72,14 @@ class Upkeep:
     def start(self) -> None:
         """Begin; needs a running event loop."""
         self._tasks = [
-            asyncio.create_task(self._follow_notices(), name="notices"),
-            asyncio.create_task(self._every(REGISTRY_EVERY, self._kms.keks.refresh), name="registry"),
-            asyncio.create_task(self._every(HEARTBEAT_EVERY, self._beat), name="heartbeat"),
-            asyncio.create_task(self._every(STORE_EVERY, self._check_store), name="store"),
-            asyncio.create_task(self._every(USES_EVERY, self.report_uses), name="uses"),
-            asyncio.create_task(self._every(DESTRUCTION_EVERY, self._destroy_due), name="destruction"),
+            asyncio.create_task(self._for_ever("notices", self._follow_notices)),
+            asyncio.create_task(self._every("tick", TICK, self._tick)),
+            asyncio.create_task(self._every("registry", REGISTRY_EVERY, self._kms.keks.refresh)),
+            asyncio.create_task(self._every("heartbeat", HEARTBEAT_EVERY, self._beat)),
+            asyncio.create_task(self._every("store", STORE_EVERY, self._check_store)),
+            asyncio.create_task(self._every("uses", USES_EVERY, self.report_uses)),
+            asyncio.create_task(self._every("refusals", REFUSALS_EVERY, self._kms.refusals.write)),
+            asyncio.create_task(self._every("destruction", DESTRUCTION_EVERY, self._destroy_due)),
         ]
 
     async def stop(self) -> None:
@@ -84,22 +89,35 @@ class Upkeep:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._kms.cache.restart()
         try:
+            await self._kms.refusals.write()
             await self.report_uses()
             await self._heartbeats.leave(self._instance)
         except KmsError as error:
             log.info("farewell_failed", detail=error.detail)
 
-    async def _every(self, seconds: float, action: Callable[[], Awaitable[object]]) -> None:
+    async def _every(self, name: str, seconds: float, action: Callable[[], Awaitable[object]]) -> None:
         last = ""
-        while True:
+
+        async def once() -> None:
+            nonlocal last
             try:
                 await action()
                 last = ""
-            except (StoreUnavailable, OperatorError, KmsError) as error:
+            except KmsError as error:
                 if error.detail != last:  # once, not once a second for an hour
-                    log.warning("upkeep_failed", action=getattr(action, "__name__", ""), detail=error.detail)
+                    log.warning("upkeep_failed", task=name, detail=error.detail)
                 last = error.detail
             await asyncio.sleep(seconds)
+
+        await self._for_ever(name, once)
+
+    async def _for_ever(self, name: str, action: Callable[[], Awaitable[object]]) -> None:
+        while True:
+            try:
+                await action()
+            except Exception:  # a bug must not end what keeps this instance honest: say so, and go on
+                log.exception("upkeep_broken", task=name)
+                await asyncio.sleep(PAUSE_AFTER_BUG)
 
     async def _follow_notices(self) -> None:
         cache, clock, store = self._kms.cache, self._kms.clock, self._kms.store
@@ -112,20 +130,21 @@ class Upkeep:
                     cursor = (await store.changes(None, 0)).cursor
                     cache.restart()
                     last_whole = began
-                    self._loader.store_away = False
+                    self._loader.store_answered()
                     continue
                 changes = await store.changes(cursor, NOTICE_WAIT)
             except StoreUnavailable as error:
-                if not self._loader.store_away:
+                known = self._loader.store_away
+                self._loader.store_failed(began)
+                if self._loader.store_away and not known:
                     log.warning(
                         "store_away", detail=error.detail, action="cached keys serve for cache.max_stale"
                     )
-                self._loader.store_away = True
                 await asyncio.sleep(NOTICE_WAIT)
                 continue
             if self._loader.store_away:
                 log.info("store_back")
-                self._loader.store_away = False
+            self._loader.store_answered()
             if not changes.complete:
                 cursor = None
                 continue
@@ -133,6 +152,9 @@ class Upkeep:
             cache.forget(changes.key_ids)
             cache.read(began)
             last_whole = began
+
+    async def _tick(self) -> None:
+        self._loader.tick()
 
     async def _beat(self) -> None:
         kms = self._kms

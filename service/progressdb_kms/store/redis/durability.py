@@ -24,8 +24,8 @@ FSYNC_PERIOD: Final = 1.0
 _OLDEST: Final = (7, 0)
 _WAITAOF_SINCE: Final = (7, 2)
 _WAITAOF_TRUE_SINCE: Final = (8, 0)
-"""Before, and in every Valkey so far, WAITAOF under ``everysec`` answers as soon as the write is in the page cache
-(redis/redis#13793). ``tests/fault`` cuts the power of such a store and finds acknowledged keys missing."""
+"""Before, and in every Valkey so far, WAITAOF under ``everysec`` answers as soon as the write is in the page
+cache (redis/redis#13793). ``tests/fault`` cuts the power of such a store and finds acknowledged keys gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,25 @@ class NodeFacts:
     def run_id(self) -> str:
         """Random name of the server process."""
         return self.info.get("run_id", "")
+
+    @property
+    def aof_complete(self) -> bool:
+        """Whether no rewrite is under way or due, and the last one was finished."""
+        info = self.info
+        under_way = "1" in {info.get("aof_rewrite_in_progress"), info.get("aof_rewrite_scheduled")}
+        return not under_way and info.get("aof_last_bgrewrite_status", "ok") == "ok"
+
+    @property
+    def aof_first(self) -> bool:
+        """Whether the append-only file has never been rewritten nor loaded in this process's life."""
+        return self.info.get("aof_base_size", "0") == "0"
+
+    @property
+    def appendonly(self) -> str:
+        """``yes``, ``no``, or empty where it is hidden."""
+        if self.config and "appendonly" in self.config:
+            return self.config["appendonly"]
+        return _yes(self.info.get("aof_enabled"))
 
     @property
     def primary(self) -> bool:
@@ -74,7 +93,7 @@ class Finding:
         run_id: Which process was asked.
         confirms: Each batch of writes can be confirmed by WAITAOF, and so it is: also where appendfsync is
             ``always``, for a CONFIG SET may come between two checks. It costs tens of microseconds a batch.
-        slow: That confirmation can take as long as the period of fsyncs.
+        slow: That confirmation can take as long as the period of fsyncs, here or on replicas.
         problems: Why acknowledged keys could be lost and what to change.
         warnings: What an operator should know.
         facts: Findings for people.
@@ -88,19 +107,23 @@ class Finding:
     facts: Mapping[str, str] = field(default_factory=dict)
 
 
-def assess(facts: NodeFacts, settings: StoreSettings, *, promotable: bool) -> Finding:
+def assess(
+    facts: NodeFacts, settings: StoreSettings, *, promotable: bool, aof_begun: bool = False
+) -> Finding:
     """Judge a server.
 
     Args:
         facts: What it said.
         settings: What was asked of it.
         promotable: A replica can take its place (Sentinel, Cluster).
+        aof_begun: Its append-only file may have been switched on while it ran, and is not whole yet: until
+            its first rewrite ends nothing that it holds can be loaded again, whatever it says of fsync.
     """
     info, config = facts.info, facts.config
-    appendonly = config["appendonly"] if config and "appendonly" in config else _yes(info.get("aof_enabled"))
+    appendonly = facts.appendonly
     policy = info.get("maxmemory_policy") or (config or {}).get("maxmemory-policy", "")
     problems = [
-        *_server_problems(facts),
+        *_server_problems(facts, settings),
         *_aof_problems(facts, appendonly, settings),
         *_replica_problems(facts, settings, promotable=promotable),
     ]
@@ -108,6 +131,10 @@ def assess(facts: NodeFacts, settings: StoreSettings, *, promotable: bool) -> Fi
         problems.append(
             f"maxmemory-policy is {policy}, so Redis would delete keys when memory is short: "
             "set maxmemory-policy noeviction"
+        )
+    if appendonly == "yes" and aof_begun:
+        problems.append(
+            "the append-only file is being made and would not bring the keys back yet: wait for its rewrite"
         )
     warnings = []
     if info.get("aof_last_bgrewrite_status") == "err":
@@ -128,7 +155,7 @@ def assess(facts: NodeFacts, settings: StoreSettings, *, promotable: bool) -> Fi
     return Finding(
         run_id=facts.run_id,
         confirms=confirms,
-        slow=confirms and not always,
+        slow=confirms and (not always or settings.min_replicas > 0),
         problems=tuple(problems),
         warnings=tuple(warnings),
         facts={
@@ -142,8 +169,13 @@ def assess(facts: NodeFacts, settings: StoreSettings, *, promotable: bool) -> Fi
     )
 
 
-def _server_problems(facts: NodeFacts) -> list[str]:
+def _server_problems(facts: NodeFacts, settings: StoreSettings) -> list[str]:
     problems = []
+    if not facts.info and settings.durability != "attested":
+        problems.append(
+            "the store hides INFO, so neither its version nor its role is known: allow INFO, or set "
+            "store.durability attested with a reason"
+        )
     if facts.version and facts.version < _OLDEST:
         problems.append(
             f"the server speaks Redis {facts.info['redis_version']}: use Redis 7.0 or Valkey 7.2 or later"
@@ -184,8 +216,8 @@ def _aof_problems(facts: NodeFacts, appendonly: str, settings: StoreSettings) ->
         )
     elif appendfsync != "always" and not facts.confirms_every_second:
         problems.append(
-            f"appendfsync is {appendfsync} on a server that can't confirm an fsync or does so too early, so a "
-            "power cut loses the last second's keys: set appendfsync always (or use Redis 8.0 or later)"
+            f"appendfsync is {appendfsync} on a server that can't confirm an fsync or does so too early, so "
+            "a power cut loses the last second's keys: set appendfsync always (or use Redis 8.0 or later)"
         )
     if facts.config.get("no-appendfsync-on-rewrite") == "yes":
         problems.append(

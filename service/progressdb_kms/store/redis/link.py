@@ -123,5 +123,10 @@ class Link:
         return cast("bool", self._connection.is_connected)
 
     async def close(self) -> None:
-        """Close without waiting."""
+        """Close without waiting for the other end, which may be frozen."""
+        writer = self._connection._writer  # noqa: SLF001 - the driver can only close politely
+        if writer is not None:
+            writer.transport.abort()
         await self._connection.disconnect(nowait=True)
+        # The transport lets go of its socket in the loop's next turn.
+        await asyncio.sleep(0)

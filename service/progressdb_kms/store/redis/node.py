@@ -36,6 +36,8 @@ class Node:
         self._settings = settings
         self._promotable = address.mode is not Mode.STANDALONE
         self._finding: Finding | None = None
+        self._aof_run = ""
+        self._aof_begun = False
         self._asked_at = 0.0
         self._asked_on: Link | None = None
         self._idle: list[Link] = []
@@ -81,7 +83,7 @@ class Node:
             await link.close()
         else:
             self._idle.append(link)
-        return reply
+        return translate(reply) or reply
 
     async def close(self) -> None:
         """Close all connections; what is under way fails."""
@@ -116,9 +118,22 @@ class Node:
         facts = NodeFacts(parse_info(info), _parse_config(config))
         if self._promotable and not facts.primary:
             raise StoreUnavailable("the store's node is a replica now; a failover is under way")
-        self._finding = assess(facts, self._settings, promotable=self._promotable)
+        self._watch_aof(facts)
+        self._finding = assess(facts, self._settings, promotable=self._promotable, aof_begun=self._aof_begun)
         self._asked_at = asyncio.get_running_loop().time()
         return self._finding
+
+    def _watch_aof(self, facts: NodeFacts) -> None:
+        """Remember that the append-only file was off: after it is switched on it is not whole at once.
+
+        A first rewrite that is under way when a server process is first seen may be that very one.
+        """
+        unseen = facts.run_id != self._aof_run
+        if facts.appendonly != "yes" or (unseen and facts.aof_first and not facts.aof_complete):
+            self._aof_begun = True
+        elif facts.aof_complete:
+            self._aof_begun = False
+        self._aof_run = facts.run_id
 
     def _confirmation(self, finding: Finding | None) -> Confirmation | None:
         replicas = self._settings.min_replicas

@@ -19,6 +19,8 @@ from progressdb_kms.store.settings import StoreSettings
 
 _FIRST_PAUSE: Final = 0.01
 _LONGEST_PAUSE: Final = 0.25
+_SCRIPTS_A_SECOND: Final = 2_000
+"""A low guess for a busy server, to bound the time of large batches."""
 _READ_TRIES: Final = 3
 """Reads give up early: their callers may have a copy in memory, and need to know soon."""
 
@@ -75,9 +77,9 @@ class Router:
     async def write(self, calls: Sequence[Call]) -> list[Reply | Failure]:
         """Run calls that change something; each is safe to repeat. What returns normally is durable."""
         slow = any(node.finding is not None and node.finding.slow for node in self.topology.primaries())
-        return await self._run(
-            calls, durable=True, seconds=self._settings.command_timeout + FSYNC_PERIOD * slow
-        )
+        # A batch of thousands is thousands of scripts on one core: give it the time that they take.
+        seconds = self._settings.command_timeout + FSYNC_PERIOD * slow + len(calls) / _SCRIPTS_A_SECOND
+        return await self._run(calls, durable=True, seconds=seconds)
 
     async def read(self, calls: Sequence[Call]) -> list[Reply | Failure]:
         """Run calls that change nothing that has to last."""
@@ -140,7 +142,14 @@ class Router:
         finally:
             for attempt, future in zip(attempts, futures, strict=True):
                 # Taking it back helps only while it is queued; once sent, its fate is unknown to us.
-                attempt.reply = future.result() if future.done() else Failure(_late())
+                if future.done():
+                    attempt.reply = future.result()
+                else:
+                    # A node that keeps its connections but does not answer may have a successor by now.
+                    self.topology.invalidate()
+                    # Why an earlier try failed says more than that the time is over.
+                    known = attempt.reply.error if isinstance(attempt.reply, Failure) else _late()
+                    attempt.reply = Failure(known)
                 future.cancel()
 
     def _submit(self, attempt: _Attempt, *, durable: bool) -> asyncio.Future[Reply]:

@@ -1,0 +1,88 @@
+"""The stand-in service over TLS and a Unix socket, and clients of both kinds for it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from progressdb_kms.client.endpoint import Endpoint, TlsFiles
+from tests.client.harness import KINDS, Clock, Facade, Open, build
+from tests.client.pki import Authority, Pair
+from tests.client.standin import Running, StandIn, server_context
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """The CA of service and clients."""
+    return Authority(tmp_path_factory.mktemp("pki"))
+
+
+@pytest.fixture(scope="session")
+def service_pair(authority: Authority) -> Pair:
+    """The service's certificate."""
+    return authority.issue("localhost", server=True)
+
+
+@pytest.fixture(scope="session")
+def client_pair(authority: Authority) -> Pair:
+    """A client's certificate."""
+    return authority.issue("chat")
+
+
+@pytest.fixture(scope="session")
+def files(authority: Authority, client_pair: Pair) -> TlsFiles:
+    """What a client needs."""
+    return TlsFiles(authority.cert, client_pair.cert, client_pair.key)
+
+
+@pytest.fixture
+def standin(authority: Authority, service_pair: Pair) -> Iterator[StandIn]:
+    """A stand-in service over mutual TLS."""
+    with Running(StandIn(tls=server_context(service_pair, authority.cert))) as running:
+        yield running
+
+
+@pytest.fixture
+def unix_standin() -> Iterator[StandIn]:
+    """A stand-in service on a Unix socket, in a folder whose path is short enough for one."""
+    with (
+        tempfile.TemporaryDirectory(prefix="kms") as folder,
+        Running(StandIn(), Path(folder) / "s") as running,
+    ):
+        yield running
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """A clock that waits move."""
+    return Clock()
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    """Both kinds of provider."""
+    return str(request.param)
+
+
+@pytest.fixture
+async def open_kms(kind: str, standin: StandIn, files: TlsFiles, clock: Clock) -> AsyncIterator[Open]:
+    """Give what opens providers for the stand-in, all closed at the end."""
+    opened: list[Facade] = []
+
+    def make(endpoint: Endpoint | None = None, **options: Any) -> Facade:
+        opened.append(build(kind, endpoint or Endpoint(standin.url, tls=files), clock, **options))
+        return opened[-1]
+
+    yield make
+    for kms in opened:
+        await kms.close()
+
+
+@pytest.fixture
+def kms(open_kms: Open) -> Facade:
+    """A provider for the stand-in."""
+    return open_kms()

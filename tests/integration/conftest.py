@@ -1,0 +1,31 @@
+"""Worlds for the integration tests: a store, and services on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.integration.world import World
+
+
+@pytest.fixture(scope="module")
+def new_world() -> Iterator[Callable[..., World]]:
+    """Give what makes a world, ended with the module; services in it must end with exit code 0."""
+    worlds: list[World] = []
+
+    def make(**options: object) -> World:
+        worlds.append(World(**options))  # type: ignore[arg-type] # checked by World's own signature
+        return worlds[-1]
+
+    yield make
+    for world in worlds:
+        world.terminate()
+    failures = []
+    for world in worlds:
+        try:
+            world.close()
+        except AssertionError as error:
+            failures.append(error)
+    if failures:
+        raise failures[0]
