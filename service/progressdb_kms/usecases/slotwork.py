@@ -160,7 +160,7 @@ class SlotWork:
         if version != rotation.target_version:
             await self._keks.refresh()
             raise RotationRefused(
-                f"KEK version {version} is active and not {rotation.target_version}, which this rotation brings"
+                f"KEK version {version} is active, not {rotation.target_version}, which this rotation brings"
             )
         # A new blob is trusted only once it has been opened: what is written replaces the only other one.
         bodies = [parse_blob(blob).body for blob in blobs]
