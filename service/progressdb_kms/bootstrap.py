@@ -40,12 +40,15 @@ from progressdb_kms.kek.file import FileKekSource
 from progressdb_kms.kek.staging import ExternalKekStager, FileKekStager
 from progressdb_kms.observability.logs import configure_logs
 from progressdb_kms.observability.metrics import CONTENT_TYPE, Metrics
+from progressdb_kms.ports import RegistryView
 from progressdb_kms.process import allow_descriptors, harden
 from progressdb_kms.settings import Limits, Settings
+from progressdb_kms.store.escrow_entries import decode_entry
 from progressdb_kms.store.redis import RedisStore, open_store
 from progressdb_kms.store.settings import StoreSettings
 from progressdb_kms.transport.server import Server
 from progressdb_kms.transport.tls import TlsHolder
+from progressdb_kms.usecases.backup import inspect_export
 from progressdb_kms.usecases.context import Bounds, Kms, boottime
 from progressdb_kms.usecases.crew import Parts, Progress
 from progressdb_kms.usecases.keks import KekBook
@@ -58,11 +61,11 @@ from progressdb_kms.usecases.vault import Vault
 from progressdb_kms.yamlfile import read_yaml
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from progressdb_kms.domain.identity import Identity
-    from progressdb_kms.ports import AuditLog, KekSource, KekStager, RegistryView
+    from progressdb_kms.ports import AuditLog, KekSource, KekStager
     from progressdb_kms.ports.escrow import SealedKek
 
 log = structlog.get_logger(__name__)
@@ -260,6 +263,20 @@ async def rotation_parts(settings: Settings, progress: Progress) -> AsyncIterato
             await asyncio.gather(watching, return_exceptions=True)
     finally:
         await store.close()
+
+
+def exported_escrow(
+    chunks: Callable[[], Iterable[bytes]],
+) -> tuple[Mapping[int, Sequence[SealedKek]], RegistryView]:
+    """Return what an export's escrow holds, and its registry. Needs no KEK, and no store.
+
+    Raises:
+        BackupInvalid: The export is damaged.
+    """
+    found = inspect_export(chunks)
+    keks = {kek.version: kek for kek in found.registry.keks}
+    kept = {int(version): decode_entry(entry) for version, entry in found.registry.escrow.items()}
+    return kept, RegistryView(found.header.store_id, keks, found.registry.active, 0)
 
 
 async def read_escrow(settings: Settings) -> tuple[Mapping[int, Sequence[SealedKek]], RegistryView]:

@@ -210,6 +210,9 @@ class SlotWork:
             cursor = page.cursor
             if not cursor or (share and counts["verified"] >= share):
                 break
+        # What was read could still be taken back by a power cut where reads see what is not durable yet. This
+        # write comes after it in the store's log, and so does its confirmation.
+        await self._slots.take([claim])
         if bad:
             await self._slots.quarantine(claim, rotation.rotation_id, list(bad.values()))
             counts["quarantined"] = len(bad)
