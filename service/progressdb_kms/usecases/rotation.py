@@ -16,7 +16,16 @@ from progressdb_kms.domain.errors import InstancesMissing, RotationRefused
 from progressdb_kms.domain.keyring import KekInfo, KekState, kek_id_of
 from progressdb_kms.domain.keys import ALL_TAGS
 from progressdb_kms.domain.rotation import SHARED, Rotation, Step, advance
-from progressdb_kms.usecases.crew import IDLE, LIVE, Conduct, Crew, Interrupted, Parts, Progress, by_life
+from progressdb_kms.usecases.crew import (
+    IDLE,
+    Conduct,
+    Crew,
+    Interrupted,
+    Parts,
+    Progress,
+    by_life,
+    live_since,
+)
 from progressdb_kms.usecases.slotwork import SlotWork
 
 if TYPE_CHECKING:
@@ -191,7 +200,7 @@ class Rotator(Crew):
             try:
                 await self._patiently(
                     lambda: parts.registry.activate(
-                        version, now=int(parts.now()), lock=lock, live_since=parts.now() - LIVE
+                        version, now=int(parts.now()), lock=lock, live_since=live_since(parts.now())
                     )
                 )
             except InstancesMissing:
