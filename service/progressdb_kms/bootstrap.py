@@ -35,7 +35,7 @@ from progressdb_kms.kek.file import FileKekSource
 from progressdb_kms.kek.staging import ExternalKekStager, FileKekStager
 from progressdb_kms.observability.logs import configure_logs
 from progressdb_kms.observability.metrics import CONTENT_TYPE, Metrics
-from progressdb_kms.process import harden
+from progressdb_kms.process import allow_descriptors, harden
 from progressdb_kms.settings import Limits, Settings
 from progressdb_kms.store.redis import RedisStore, open_store
 from progressdb_kms.store.settings import StoreSettings
@@ -62,6 +62,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 START_RETRY_SECONDS = 0.5
+SPARE_DESCRIPTORS = 128
+"""For the admin port's connections, the store's, files and the event loop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -481,8 +483,13 @@ async def serve(settings: Settings, *, on_ready: Callable[[Addresses], None] | N
         OperatorError: The service can't start as configured.
     """
     configure_logs(settings.log.level, settings.log.format)
-    for line in harden():
-        log.warning("hardening", detail=line)
+    limits = settings.limits
+    for line in [
+        *harden(),
+        allow_descriptors(limits.max_connections + limits.max_handshakes + SPARE_DESCRIPTORS),
+    ]:
+        if line:
+            log.warning("process", detail=line)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

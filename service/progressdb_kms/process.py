@@ -34,3 +34,23 @@ def harden() -> list[str]:
     elif libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT) != 0:
         refused.append(f"memory is not locked, so keys could reach swap: {os.strerror(ctypes.get_errno())}")
     return refused
+
+
+def allow_descriptors(wanted: int) -> str:
+    """Raise the soft limit of open files to the hard one: many systems start a process with 1,024.
+
+    Args:
+        wanted: Descriptors that the configured limits can need.
+
+    Returns:
+        What the operator should know, or an empty string.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        return (
+            f"{hard} open files are allowed, and limits.max_connections can need {wanted}: raise the limit of"
+            " open files (ulimit -n, LimitNOFILE) or lower it"
+        )
+    return ""

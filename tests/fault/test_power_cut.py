@@ -18,7 +18,7 @@ from progressdb_kms.store.redis import StoreSettings, open_store
 from tests.fault.power import RUNS, PoweredServer, build_shim
 from tests.store.conftest import new_dek
 from tests.store.servers import ALWAYS, EVERYSEC, Server
-from tests.store.topologies import eventually
+from tests.store.topologies import eventually, until
 
 TASKS = 32
 Powered = Callable[..., PoweredServer]
@@ -126,8 +126,11 @@ async def test_the_shim_finds_a_store_that_loses_keys(powered: Powered, kind: st
 async def test_power_cut_during_a_rewrite(powered: Powered, kind: str, run: int) -> None:
     """Neither does the store lose one when the power goes while it rewrites its file."""
     # A delay a key makes the rewrite last for as long as the test needs it to.
-    store = powered(kind, {**ALWAYS, "rdb-key-save-delay": "1000"})
+    store = powered(kind, ALWAYS)
     acknowledged = await create_until(store.server, lambda: None)
+    store.server.ask("BGREWRITEAOF")  # a file's first rewrite is waited for; this is about the later ones
+    until(lambda: b"aof_rewrite_in_progress:0" in store.server.ask("INFO", "persistence"))
+    store.server.ask("CONFIG", "SET", "rdb-key-save-delay", "1000")
     rewriting = False
 
     def cut() -> None:

@@ -35,18 +35,52 @@ _ROUNDS: Final = 4
 """Rounds of miss and fetch: load, reserve, and one more of each where a key was dropped in between."""
 
 
-class Loader:
-    """Fetches keys for the hot functions; calls for the same key at the same time share one load.
+TICK: Final = 0.1
+"""Seconds between two calls of ``Loader.tick``."""
+STALL: Final = 0.5
+"""Seconds between two ticks from which this process counts as having slept."""
+AWAY_FOR: Final = 5.0
+"""Seconds after the last failed call for which the store still counts as away."""
 
-    Attributes:
-        store_away: The last read of the change notices got no answer. Only then may keys that can't be
-            vouched for serve, within ``cache.max_stale``.
-    """
+
+class Loader:
+    """Fetches keys for the hot functions; calls for the same key at the same time share one load."""
 
     def __init__(self, kms: Kms) -> None:
         self._kms = kms
         self._under_way: dict[str, tuple[float, asyncio.Future[CachedDek | KmsError]]] = {}
-        self.store_away = False
+        self._failed_at = float("-inf")
+        self._ticked_at = kms.clock()
+        self._woke_at = float("-inf")
+
+    @property
+    def store_away(self) -> bool:
+        """Whether the store does not answer at all.
+
+        Only then may keys that can't be vouched for serve, within ``cache.max_stale``.
+        """
+        return self._kms.clock() - self._failed_at <= AWAY_FOR
+
+    def tick(self) -> None:
+        """Note that this process is awake; to be called every ``TICK`` seconds."""
+        now = self._kms.clock()
+        if now - self._ticked_at > STALL:
+            self._woke_at = now
+        self._ticked_at = now
+
+    def store_failed(self, began: float) -> None:
+        """Note that a call of the store that began at ``began`` got no answer.
+
+        It proves nothing if this process was stopped in between: the time of the call is over when it wakes,
+        whatever the store has answered.
+        """
+        self.tick()
+        if began >= self._woke_at:
+            self._failed_at = self._kms.clock()
+
+    def store_answered(self) -> None:
+        """Note that the store answers."""
+        self._failed_at = float("-inf")
 
     async def answer(
         self, hot: HotFunction, session: Session, content_type: str, accept: str, body: bytes
@@ -153,6 +187,7 @@ class Loader:
         try:
             records = await kms.store.get(key_ids)
         except StoreUnavailable as error:
+            self.store_failed(began)
             for key_id in key_ids:
                 stale = self._stale(key_id)
                 if stale is not None:

@@ -9,6 +9,7 @@ import structlog
 
 from progressdb_kms.domain.errors import KmsError, StoreUnavailable
 from progressdb_kms.ports import Heartbeat
+from progressdb_kms.usecases.loading import TICK
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -66,6 +67,7 @@ class Upkeep:
         """Begin; needs a running event loop."""
         self._tasks = [
             asyncio.create_task(self._for_ever("notices", self._follow_notices)),
+            asyncio.create_task(self._every("tick", TICK, self._tick)),
             asyncio.create_task(self._every("registry", REGISTRY_EVERY, self._kms.keks.refresh)),
             asyncio.create_task(self._every("heartbeat", HEARTBEAT_EVERY, self._beat)),
             asyncio.create_task(self._every("store", STORE_EVERY, self._check_store)),
@@ -121,20 +123,21 @@ class Upkeep:
                     cursor = (await store.changes(None, 0)).cursor
                     cache.restart()
                     last_whole = began
-                    self._loader.store_away = False
+                    self._loader.store_answered()
                     continue
                 changes = await store.changes(cursor, NOTICE_WAIT)
             except StoreUnavailable as error:
-                if not self._loader.store_away:
+                known = self._loader.store_away
+                self._loader.store_failed(began)
+                if self._loader.store_away and not known:
                     log.warning(
                         "store_away", detail=error.detail, action="cached keys serve for cache.max_stale"
                     )
-                self._loader.store_away = True
                 await asyncio.sleep(NOTICE_WAIT)
                 continue
             if self._loader.store_away:
                 log.info("store_back")
-                self._loader.store_away = False
+            self._loader.store_answered()
             if not changes.complete:
                 cursor = None
                 continue
@@ -142,6 +145,9 @@ class Upkeep:
             cache.forget(changes.key_ids)
             cache.read(began)
             last_whole = began
+
+    async def _tick(self) -> None:
+        self._loader.tick()
 
     async def _beat(self) -> None:
         kms = self._kms

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from typing import Any
@@ -108,8 +109,9 @@ logging.getLogger("redis").debug("5EC2E7")
 def inner(secret_argument):
     local = "5EC2E7" + secret_argument
     raise ValueError("broken")
+secret = "5EC2E7"
 try:
-    inner("5EC2E7")
+    inner(secret)
 except ValueError:
     log.exception("failed", route="/x")
     logging.getLogger("library").exception("failed there")
@@ -127,9 +129,9 @@ def test_lines_are_structured_and_tracebacks_show_no_values(style: str) -> None:
         timeout=60,
     )
     assert done.stdout == ""
-    # Source lines belong to a traceback; values do not.
-    values = [line for line in done.stderr.splitlines() if '"5EC2E7"' not in line]
-    assert SECRET not in "\n".join(values)
+    # Source lines belong to a traceback, as Python 3.13 shows them of this program too; values do not.
+    shown = re.sub(r'local = \\?"5EC2E7\\?" \+', "", done.stderr)
+    assert SECRET not in shown
     assert "ValueError: broken" in done.stderr
     if style == "json":
         lines = [json.loads(line) for line in done.stderr.splitlines()]

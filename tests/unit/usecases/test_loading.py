@@ -12,8 +12,9 @@ import pytest
 
 from progressdb_kms.domain import errors
 from progressdb_kms.domain.envelope import USES_LIMIT, USES_WARN
-from progressdb_kms.domain.keys import KeyState
+from progressdb_kms.domain.keys import KeyState, StateChange
 from progressdb_kms.usecases.keycache import FREE_USES
+from progressdb_kms.usecases.loading import AWAY_FOR
 from tests.unit.helpers import World, make_world, write_keks
 
 
@@ -131,17 +132,13 @@ async def test_a_key_fetched_before_a_slow_reservation_is_fetched_again(world: W
 
 
 async def test_an_away_store_is_store_unavailable(world: World) -> None:
-    """A cold key, and a key that no read vouches for while the notices still answered, can't be had."""
+    """A cold key can't be had, and is once the store is back."""
     key_id = await cold(world)
     world.store.down = True
     with pytest.raises(errors.StoreUnavailable, match="down"):
         await world.encrypt(key_id)
     world.store.down = False
     await world.encrypt(key_id)
-    world.clock.at += 2
-    world.store.down = True
-    with pytest.raises(errors.StoreUnavailable):
-        await world.encrypt(key_id)
 
 
 async def test_stale_keys_serve_only_while_the_store_is_away(world: World) -> None:
@@ -149,8 +146,8 @@ async def test_stale_keys_serve_only_while_the_store_is_away(world: World) -> No
     key_id = await cold(world)
     sealed = (await world.encrypt(key_id))["ciphertext"]
     world.store.down = True
-    world.loader.store_away = True
     world.clock.at += 29
+    world.loader.tick()
     assert await world.encrypt(key_id)
     assert await world.decrypt(key_id, sealed)
     assert world.watcher.counts["stale"] >= 2
@@ -159,13 +156,35 @@ async def test_stale_keys_serve_only_while_the_store_is_away(world: World) -> No
         await world.encrypt(key_id)
 
 
+async def test_who_slept_does_not_take_the_store_for_away(world: World) -> None:
+    """A call whose time was over when the process woke says nothing of the store; nor does an old failure."""
+    key_id = await cold(world)
+    await world.encrypt(key_id)
+    world.loader.tick()
+    began = world.clock()
+    await world.store.change_state(key_id, StateChange.DISABLE, now=0)
+    world.clock.at += 1.1
+    world.loader.store_failed(began)
+    assert not world.loader.store_away
+    with pytest.raises(errors.KeyDisabled):
+        await world.encrypt(key_id)
+    world.clock.at += 0.1
+    world.loader.store_failed(world.clock() - 0.05)
+    assert world.loader.store_away
+    world.loader.store_answered()
+    assert not world.loader.store_away
+    world.loader.store_failed(world.clock())
+    world.clock.at += AWAY_FOR + 0.1
+    assert not world.loader.store_away
+
+
 async def test_max_stale_zero_serves_nothing(tmp_path: Path) -> None:
     """The operator's choice holds."""
     world = await make_world(tmp_path, max_stale=0)
     key_id = await world.key()
     world.store.down = True
-    world.loader.store_away = True
     world.clock.at += 1.1
+    world.loader.tick()
     with pytest.raises(errors.StoreUnavailable):
         await world.encrypt(key_id)
 

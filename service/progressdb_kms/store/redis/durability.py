@@ -53,6 +53,11 @@ class NodeFacts:
         return not under_way and info.get("aof_last_bgrewrite_status", "ok") == "ok"
 
     @property
+    def aof_first(self) -> bool:
+        """Whether the append-only file has never been rewritten nor loaded in this process's life."""
+        return self.info.get("aof_base_size", "0") == "0"
+
+    @property
     def appendonly(self) -> str:
         """``yes``, ``no``, or empty where it is hidden."""
         if self.config and "appendonly" in self.config:

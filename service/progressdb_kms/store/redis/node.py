@@ -126,9 +126,10 @@ class Node:
     def _watch_aof(self, facts: NodeFacts) -> None:
         """Remember that the append-only file was off: after it is switched on it is not whole at once.
 
-        A rewrite that is under way when a server process is first seen may be that very one.
+        A first rewrite that is under way when a server process is first seen may be that very one.
         """
-        if facts.appendonly != "yes" or (facts.run_id != self._aof_run and not facts.aof_complete):
+        unseen = facts.run_id != self._aof_run
+        if facts.appendonly != "yes" or (unseen and facts.aof_first and not facts.aof_complete):
             self._aof_begun = True
         elif facts.aof_complete:
             self._aof_begun = False
