@@ -68,6 +68,10 @@ test-3.%: .venv-3.%/.installed
 	$(BIN)/uv pip install --quiet --python .venv-3.$*/bin/python --no-deps --no-build-isolation -e .
 	touch $@
 
+.PHONY: model
+model: system-packages ## check the model of KEK rotation, and that it fails where it must
+	docs/model/run.sh
+
 # One target each, so that `make -k lint` shows all that is wrong.
 LINTS := lint-rules lint-format lint-types lint-imports lint-locks
 .PHONY: lint $(LINTS)
