@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
 import secrets
 import signal
+import socket
+import sys
 import time
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -27,6 +30,8 @@ from progressdb_kms.domain.errors import (
     RegistryLost,
     RotationRefused,
     SettingsInvalid,
+    StoreNotDurable,
+    StoreUnavailable,
 )
 from progressdb_kms.domain.policy import Policy, parse_policy
 from progressdb_kms.files import Watch
@@ -49,6 +54,7 @@ from progressdb_kms.usecases.loading import Loader
 from progressdb_kms.usecases.rotationwatch import RotationWatch
 from progressdb_kms.usecases.session import PolicyBook, Session
 from progressdb_kms.usecases.upkeep import Upkeep
+from progressdb_kms.usecases.vault import Vault
 from progressdb_kms.yamlfile import read_yaml
 
 if TYPE_CHECKING:
@@ -56,7 +62,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from progressdb_kms.domain.identity import Identity
-    from progressdb_kms.ports import KekStager, RegistryView
+    from progressdb_kms.ports import AuditLog, KekSource, KekStager, RegistryView
     from progressdb_kms.ports.escrow import SealedKek
 
 log = structlog.get_logger(__name__)
@@ -149,6 +155,53 @@ def kek_source(settings: Settings) -> FileKekSource:
         KekFileInvalid: It can't be used.
     """
     return FileKekSource(settings.kek.path)
+
+
+def make_vault(store: RedisStore, source: KekSource, audit: AuditLog, owner: str) -> Vault:
+    """Return what backups and destruction work with."""
+    return Vault(
+        keys=store.keys,
+        backups=store.backups,
+        destruction=store.destruction,
+        ledger=store.rotation_ledger,
+        slots=store.rotation_slots,
+        registry=store.registry,
+        source=source,
+        audit=audit,
+        owner=owner,
+        release=__version__,
+    )
+
+
+@asynccontextmanager
+async def open_vault(settings: Settings, command: str) -> AsyncIterator[tuple[Vault, KekBook]]:
+    """Open the configured store and KEKs for an operator's command. Its audit records go to standard error.
+
+    Args:
+        settings: The configuration.
+        command: Its name, for locks and the audit log.
+
+    Raises:
+        OperatorError: A file that it needs can't be used.
+        StoreUnavailable: The store does not answer.
+        StoreNotDurable: It could lose what is written to it.
+    """
+    configure_logs(settings.log.level, settings.log.format)
+    for line in harden():
+        log.debug("hardening", detail=line)
+    source = kek_source(settings)
+    owner = f"{command} on {socket.gethostname()}, process {os.getpid()}, {secrets.token_hex(4)}"
+    store = await open_store(store_settings(settings))
+    try:
+        status = store.health.status
+        if not status.reachable:
+            raise StoreUnavailable("the store does not answer: check store.url, and that it runs")
+        if status.problems:
+            raise StoreNotDurable("; ".join(status.problems))
+        keks = KekBook(source=source, registry=store.registry, observer=Metrics())
+        yield make_vault(store, source, StdoutAuditLog(owner, sys.stderr), owner), keks
+    finally:
+        await store.close()
 
 
 def load_policy(path: Path) -> tuple[Policy, str]:
@@ -314,6 +367,8 @@ class Service:
             cache=cache,
             audit=StdoutAuditLog(instance),
             observer=self.metrics,
+            backups=self.store.backups,
+            ledger=self.store.rotation_ledger,
             policies=self.policies,
             bounds=Bounds(
                 plaintext_bytes=settings.limits.plaintext_bytes,
@@ -329,6 +384,7 @@ class Service:
             heartbeats=self.store.heartbeats,
             release=__version__,
             instance=instance,
+            vault=make_vault(self.store, self.source, kms.audit, f"service {instance}"),
         )
         self.rotations = RotationWatch(self.keks, self.store.keys, self.store.rotation_ledger)
         self.server = Server(

@@ -19,6 +19,7 @@ from werkzeug.exceptions import (
     NotFound,
     RequestEntityTooLarge,
 )
+from werkzeug.routing import BaseConverter
 
 from progressdb_kms.api.openapi import openapi_document
 from progressdb_kms.api.problems import problem_of, status_of
@@ -65,6 +66,13 @@ class Api:
     rotations: RotationLedger
 
 
+class _AnyText(BaseConverter):
+    """A part of a path that may hold anything; Werkzeug's own takes no slash at its start."""
+
+    regex = ".+?"
+    part_isolating = False
+
+
 def create_app(api: Api) -> Quart:
     """Build the ASGI app. It takes the caller's session from ``scope["state"]["kms.session"]``."""
     app = Quart("progressdb_kms", static_folder=None)
@@ -73,6 +81,9 @@ def create_app(api: Api) -> Quart:
     # Hypercorn hands on pieces as they come; Quart refuses what goes over the largest limit of all, and the
     # dispatcher what goes over the route's own.
     app.config["MAX_CONTENT_LENGTH"] = max(api.limits.body_bytes, api.limits.batch_body_bytes)
+    # A thread_id in a path may hold slashes, two in a row and at its ends too.
+    app.url_map.merge_slashes = False
+    app.url_map.converters["any_text"] = _AnyText
     app.config["BODY_TIMEOUT"] = None  # the dispatcher's own covers the whole body
     hot = Hot(api.kms)
     document = openapi_document(api.limits)
@@ -83,7 +94,7 @@ def create_app(api: Api) -> Quart:
     table = (*ROUTES, Route("GET", "/openapi.json", openapi, "Describe this API", None, dict))
     for route in table:
         app.add_url_rule(
-            route.path,
+            route.path.replace("<thread_id>", "<any_text:thread_id>"),
             endpoint=f"{route.method} {route.path}",
             view_func=_view(api, hot, route),
             methods=[route.method],

@@ -82,6 +82,37 @@ class RotationList(Struct, frozen=True):
     rotations: list[RotationView]
 
 
+class SnapshotView(Struct, frozen=True):
+    """A rotation's snapshot in the store: sealed copies, and slots whose part is not sealed."""
+
+    rotation_id: str
+    slots: int
+    records: int
+    unsealed: int
+    finished_at: str | None
+
+
+class ExportView(Struct, frozen=True):
+    """A file that was exported; without ``finished_at`` it was interrupted."""
+
+    export_id: str
+    kind: str
+    began_at: str
+    finished_at: str | None
+    rotation_id: str
+    records: int
+    tombstones: int
+    sha256: str
+    kek_versions: list[str]
+
+
+class BackupList(Struct, frozen=True):
+    """Snapshots in the store, and exports that were made of it."""
+
+    snapshots: list[SnapshotView]
+    exports: list[ExportView]
+
+
 class Health(Struct, frozen=True):
     """Said while the service serves."""
 

@@ -17,6 +17,13 @@ from progressdb_kms.usecases.messages import JSON, MSGPACK, Failed
 if TYPE_CHECKING:
     from progressdb_kms.settings import Limits
 
+_THREAD_ID: Final = {
+    "minLength": 1,
+    "maxLength": THREAD_ID_MAX_BYTES,
+    # The limit counts bytes of UTF-8, which a schema can't say: maxLength counts characters.
+    "pattern": r"^[^\x00-\x1f\x7f-\x9f]+$",
+    "description": f"1 to {THREAD_ID_MAX_BYTES} bytes of UTF-8 without control characters",
+}
 _REF: Final = "#/components/schemas/{name}"
 _BASE64: Final = "^(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$"
 
@@ -31,7 +38,7 @@ def openapi_document(limits: Limits) -> dict[str, Any]:
     paths: dict[str, Any] = {}
     for route in ROUTES:
         path = re.sub(r"<(\w+)>", r"{\1}", route.path)
-        paths.setdefault(path, {})[route.method.lower()] = _operation(route, limits)
+        paths.setdefault(path, {})[route.method.lower()] = _operation(route, path, limits)
     paths["/openapi.json"] = {
         "get": {
             "operationId": "openapi",
@@ -68,14 +75,7 @@ def _refine(schemas: dict[str, Any], limits: Limits) -> None:
                     kind["pattern"] = _BASE64
     schemas["DecryptItem"]["properties"]["ciphertext"]["minLength"] = 4 * -(-MESSAGE_OVERHEAD // 3)
     for name in ("CreateRequest", "CreateItem"):
-        thread_id = schemas[name]["properties"]["thread_id"]
-        thread_id |= {
-            "minLength": 1,
-            "maxLength": THREAD_ID_MAX_BYTES,
-            # The limit counts bytes of UTF-8, which a schema can't say: maxLength counts characters.
-            "pattern": r"^[^\x00-\x1f\x7f-\x9f]+$",
-            "description": f"1 to {THREAD_ID_MAX_BYTES} bytes of UTF-8 without control characters",
-        }
+        schemas[name]["properties"]["thread_id"] |= _THREAD_ID
     schemas["CreateItem"]["properties"]["idempotency_key"] |= {
         "description": "1 to 255 visible ASCII characters"
     }
@@ -88,9 +88,14 @@ def _refine(schemas: dict[str, Any], limits: Limits) -> None:
     schemas["RewrapRequest"]["properties"].pop("new_kek_hex", None)
 
 
-def _operation(route: Route, limits: Limits) -> dict[str, Any]:
+def _operation(route: Route, path: str, limits: Limits) -> dict[str, Any]:
     parameters: list[dict[str, Any]] = [
-        {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+        {
+            "name": name,
+            "in": "path",
+            "required": True,
+            "schema": {"type": "string", **(_THREAD_ID if name == "thread_id" else {"minLength": 1})},
+        }
         for name in re.findall(r"<(\w+)>", route.path)
     ]
     parameters += [
@@ -108,14 +113,15 @@ def _operation(route: Route, limits: Limits) -> dict[str, Any]:
             }
         )
     operation: dict[str, Any] = {
-        "operationId": re.sub(r"\W+", "_", f"{route.method.lower()}{route.path}").strip("_"),
+        "operationId": re.sub(r"\W+", "_", f"{route.method.lower()}{path}").strip("_"),
         "summary": route.summary,
         "responses": {"200": {"description": "Done", "content": _content(_answer_schema(route))}} | _errors(),
     }
     if parameters:
         operation["parameters"] = parameters
     if route.permission is not None:
-        operation["description"] = f"Needs `{route.permission}`."
+        needed = " and ".join(f"`{name}`" for name in (route.permission, route.also) if name)
+        operation["description"] = f"Needs {needed}."
     if route.takes is not None:
         schema = _schema(route.takes)
         if route.batch:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from progressdb_kms.api.models import (
+    BackupList,
+    ExportView,
     Health,
     KekList,
     KekView,
@@ -20,6 +22,7 @@ from progressdb_kms.api.models import (
     RotationList,
     RotationView,
     ScheduleDestruction,
+    SnapshotView,
     rfc3339,
     rotation_view,
     view_of,
@@ -33,7 +36,7 @@ from progressdb_kms.domain.errors import (
 )
 from progressdb_kms.domain.keys import KeyState, StateChange
 from progressdb_kms.domain.policy import Permission
-from progressdb_kms.usecases import lifecycle, rotationwatch
+from progressdb_kms.usecases import dekrotation, lifecycle, rotationwatch
 from progressdb_kms.usecases.encryption import Hot, failed
 from progressdb_kms.usecases.lifecycle import Wanted
 from progressdb_kms.usecases.messages import (
@@ -124,6 +127,7 @@ class Route:
         batch: The larger body limit applies.
         body_optional: An empty body is fine.
         parameters: Query parameters: name to schema.
+        also: What the caller needs besides ``permission``; the handler sees to it.
     """
 
     method: str
@@ -138,20 +142,33 @@ class Route:
     parameters: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     required: frozenset[str] = frozenset()
     idempotent_create: bool = False
+    also: Permission | None = None
 
 
 async def create_dek_for_thread(call: Call) -> bytes:
     """Make a DEK for a thread."""
     request = _CREATE.read(call.content_type, call.body)
-    if len(call.idempotency_keys) > 1:
-        raise InvalidHeader("Idempotency-Key is given more than once")
-    key = call.idempotency_keys[0] if call.idempotency_keys else None
     (result,) = await lifecycle.create_deks(
-        call.kms, call.session, [Wanted(request.thread_id, key)], call.request_id
+        call.kms, call.session, [Wanted(request.thread_id, _idempotency_key(call))], call.request_id
     )
     if isinstance(result, KmsError):
         raise result
     return call.answer(_created(result))
+
+
+def _idempotency_key(call: Call) -> str | None:
+    if len(call.idempotency_keys) > 1:
+        raise InvalidHeader("Idempotency-Key is given more than once")
+    return call.idempotency_keys[0] if call.idempotency_keys else None
+
+
+async def rotate_dek(call: Call) -> bytes:
+    """Make a thread's next DEK."""
+    call.parameters()
+    record = await dekrotation.rotate_dek(
+        call.kms, call.session, call.path["thread_id"], _idempotency_key(call), call.request_id
+    )
+    return call.answer(_created(record))
 
 
 async def create_dek_batch(call: Call) -> bytes:
@@ -313,6 +330,43 @@ async def get_rotation(call: Call) -> bytes:
 
 
 _LIMIT_SCHEMA: Final = {"type": "integer", "minimum": 1, "maximum": PAGE_MAX, "default": PAGE_DEFAULT}
+
+
+async def list_backups(call: Call) -> bytes:
+    """Show snapshots and exports."""
+    call.parameters()
+    call.session.grants().require(Permission.READ)
+    snapshots = []
+    for rotation_id, manifests in sorted((await call.kms.backups.snapshots()).items()):
+        rotation = await call.kms.ledger.get(rotation_id)
+        counts = [manifest.count for manifest in manifests.values()]
+        finished = rotation.finished_at if rotation is not None else None
+        snapshots.append(
+            SnapshotView(
+                rotation_id=rotation_id,
+                slots=len(counts),
+                records=sum(count for count in counts if count >= 0),
+                unsealed=sum(count < 0 for count in counts),
+                finished_at=None if finished is None else rfc3339(finished),
+            )
+        )
+    exports = [
+        ExportView(
+            export_id=note.export_id,
+            kind=str(note.kind),
+            began_at=rfc3339(note.began_at),
+            finished_at=None if note.finished_at is None else rfc3339(note.finished_at),
+            rotation_id=note.rotation_id,
+            records=note.records,
+            tombstones=note.tombstones,
+            sha256=note.sha256,
+            kek_versions=[str(version) for version in note.kek_versions],
+        )
+        for note in await call.kms.backups.exports()
+    ]
+    return call.answer(BackupList(snapshots, exports))
+
+
 _KEY_ID: Final = {"type": "string"}
 _SUMMARIES: Final = {
     StateChange.DISABLE: "Refuse all use of a key until it is enabled again",
@@ -431,5 +485,23 @@ ROUTES: Final[tuple[Route, ...]] = (
     ),
     Route(
         "GET", "/v1/rotations/<rotation_id>", get_rotation, "Show a rotation of the KEK", None, RotationView
+    ),
+    Route(
+        "POST",
+        "/v1/threads/<thread_id>/rotate-dek",
+        rotate_dek,
+        "Make a thread's next data key; its older ones only decrypt then",
+        Permission.CREATE,
+        CreatedDek,
+        also=Permission.ADMIN,
+        idempotent_create=True,
+    ),
+    Route(
+        "GET",
+        "/v1/backups",
+        list_backups,
+        "Show the snapshots in the store, and the exports that were made of it",
+        Permission.READ,
+        BackupList,
     ),
 )

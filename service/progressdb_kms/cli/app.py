@@ -17,6 +17,7 @@ _NAME: Final = "progressdb-kms"
 _INTERRUPTED: Final = 128 + 2
 
 _COMMANDS: Final = {
+    "backup": "backup:backup",
     "decrypt": "messages:decrypt",
     "dev": "dev.command:dev",
     "doctor": "doctor:doctor",
@@ -27,6 +28,7 @@ _COMMANDS: Final = {
     "pki": "pki_commands:pki",
     "rotate": "rotate:rotate",
     "rotations": "rotations:rotations",
+    "restore": "restore:restore",
     "serve": "serve:serve",
     "version": "version:version",
 }

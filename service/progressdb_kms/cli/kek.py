@@ -10,6 +10,7 @@ import click
 from progressdb_kms.cli.connection import Connection, connection_options
 from progressdb_kms.cli.kek_escrow import escrow
 from progressdb_kms.cli.output import json_option, print_json, print_table
+from progressdb_kms.cli.retire import retire
 from progressdb_kms.domain.keyring import kek_id_of
 from progressdb_kms.kek.init import init_kek_file
 
@@ -20,6 +21,7 @@ def kek() -> None:
 
 
 kek.add_command(escrow)
+kek.add_command(retire)
 
 
 @kek.command()

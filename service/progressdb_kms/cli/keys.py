@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Final
 
 import click
 
 from progressdb_kms.cli.connection import Connection, connection_options
+from progressdb_kms.cli.operator import INCOMPLETE, config_option, on_store
 from progressdb_kms.cli.output import json_option, print_fields, print_json, print_table
 from progressdb_kms.client import KeyInfo
 from progressdb_kms.domain.keys import KeyState
@@ -42,6 +44,46 @@ def create(thread_id: str, idempotency_key: str | None, connection: Connection, 
         "kek_version": dek.kek_version,
     }
     _print(fields, as_json=as_json)
+
+
+@keys.command()
+@click.argument("thread_id")
+@click.option("--idempotency-key", help="The same word from the same caller for this thread rotates once.")
+@connection_options
+@json_option
+def rotate(thread_id: str, idempotency_key: str | None, connection: Connection, *, as_json: bool) -> None:
+    """Make the next key of THREAD_ID; the older ones only decrypt from then on."""
+    with connection.admin() as service:
+        dek = service.rotate_dek(thread_id, idempotency_key)
+    fields: dict[str, object] = {
+        "key_id": dek.key_id,
+        "thread_id": thread_id,
+        "version": dek.key_version,
+        "kek_id": dek.kek_id,
+        "kek_version": dek.kek_version,
+    }
+    _print(fields, as_json=as_json)
+
+
+@keys.command("destroy-due")
+@config_option
+@json_option
+def destroy_due(config: Path, *, as_json: bool) -> int:
+    """Destroy the keys whose waiting period is over; the service does so each minute by itself."""
+    # Only here: the other commands of this group need neither the store nor the use cases.
+    from progressdb_kms.usecases.destruction import sweep  # noqa: PLC0415 - see above
+
+    swept = on_store(config, "keys destroy-due", lambda vault, _: sweep(vault))
+    if swept is None:
+        click.echo("another instance is at it", err=True)
+        return 1
+    if as_json:
+        print_json(asdict(swept))
+    else:
+        click.echo(f"destroyed {len(swept.destroyed)} keys")
+    for reason in swept.files:
+        click.echo(f"append-only file not rewritten, so that it may still hold them: {reason}", err=True)
+    return INCOMPLETE if swept.files else 0
 
 
 @keys.command("list")

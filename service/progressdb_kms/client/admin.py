@@ -10,11 +10,20 @@ from urllib.parse import quote
 
 import msgspec
 
+from progressdb_kms.client import plans
 from progressdb_kms.client.errors import EndpointInvalid, ProtocolViolation
-from progressdb_kms.client.exchange import Options
+from progressdb_kms.client.exchange import Options, drive
 from progressdb_kms.client.opening import ConnectOptions, open_sync_sender
 from progressdb_kms.client.protocol import Call, key_path
-from progressdb_kms.client.types import KekCensus, KeyInfo, Rewrapped, RotationInfo, RotationInfos
+from progressdb_kms.client.types import (
+    BackupList,
+    CreatedDek,
+    KekCensus,
+    KeyInfo,
+    Rewrapped,
+    RotationInfo,
+    RotationInfos,
+)
 
 T = TypeVar("T")
 
@@ -120,6 +129,14 @@ class AdminClient:
             WrappedKeyInvalid: The stored blob does not unwrap.
         """
         return self._send(Call("POST", "/rewrap", Rewrapped, {"key_id": key_id}))
+
+    def rotate_dek(self, thread_id: str, idempotency_key: str | None = None) -> CreatedDek:
+        """Make a thread's next DEK; see ``KmsProvider.rotate_dek``."""
+        return drive(plans.rotate_dek(thread_id, idempotency_key), self._send)
+
+    def backups(self) -> BackupList:
+        """Return what the service knows of snapshots and exports."""
+        return self._send(Call("GET", "/v1/backups", BackupList))
 
     def keks(self) -> KekCensus:
         """Return all KEK versions and how many keys each wraps."""

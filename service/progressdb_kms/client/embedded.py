@@ -16,12 +16,13 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, Final, TypeVar
+from urllib.parse import unquote
 
 import msgspec
 
 from progressdb_kms.client.errors import ProviderClosed
 from progressdb_kms.client.exchange import Options
-from progressdb_kms.client.protocol import Call, binary
+from progressdb_kms.client.protocol import THREADS, Call, binary
 from progressdb_kms.client.senders import SenderProvider, SyncSenderProvider
 from progressdb_kms.client.types import Encrypted
 from progressdb_kms.domain.envelope import NONCE_BYTES, parse_blob, unwrap, wrap, wrap_aad
@@ -34,6 +35,7 @@ from progressdb_kms.ports import AuditEvent
 from progressdb_kms.store.memory import MemoryStore
 from progressdb_kms.usecases import lifecycle
 from progressdb_kms.usecases.context import Kms, boottime
+from progressdb_kms.usecases.dekrotation import rotate_dek
 from progressdb_kms.usecases.encryption import Hot, failed
 from progressdb_kms.usecases.keks import KekBook
 from progressdb_kms.usecases.keycache import DekCache
@@ -54,7 +56,7 @@ from progressdb_kms.usecases.session import PolicyBook, Session
 
 T = TypeVar("T")
 
-_PERMISSIONS: Final = ["key:create", "key:encrypt", "key:decrypt", "key:read"]
+_PERMISSIONS: Final = ["key:create", "key:encrypt", "key:decrypt", "key:read", "key:admin"]
 _UNNAMED: Final = ("", "")
 """Names that a wrap of a caller's own DEK binds. No stored record has an empty key_id, so neither kind of
 blob can pass for the other."""
@@ -110,6 +112,14 @@ class MemoryKek:
                 results.append(error)
         return results
 
+    async def seal(self, version: int, label: bytes, digest: bytes) -> bytes:
+        """Return ``Keyring.seal`` of a version.
+
+        Raises:
+            KekUnavailable: Not loaded.
+        """
+        return self._keyring.seal(version, label, digest)
+
 
 class _Silent:
     """Audit log and observer of a provider that has neither."""
@@ -153,6 +163,8 @@ class EmbeddedSender:
             cache=DekCache(max_keys=1, ttl=1, max_stale=0, clock=boottime),
             audit=silent,
             observer=silent,
+            backups=store.backups,
+            ledger=store.rotation_ledger,
             policies=PolicyBook(policy, "embedded"),
         )
         self._session = Session(identity, self._kms.policies, time.time)
@@ -184,7 +196,8 @@ class EmbeddedSender:
             ProviderClosed: After ``close``.
         """
         await self.start()
-        answer = await self._routes[call.path](call, msgspec.msgpack.encode(call.body))
+        route = self._rotate if call.path.startswith(THREADS) else self._routes[call.path]
+        answer = await route(call, msgspec.msgpack.encode(call.body))
         if call.answer is bytes:
             return answer  # type: ignore[return-value] # T is bytes here, which a checker can't see
         return msgspec.msgpack.decode(answer, type=call.answer)
@@ -236,6 +249,11 @@ class EmbeddedSender:
         if isinstance(result, KmsError):
             raise result
         return encode(MSGPACK, _created(result))
+
+    async def _rotate(self, call: Call[Any], _: bytes) -> bytes:
+        thread_id = unquote(call.path.removeprefix(THREADS).rpartition("/")[0])
+        record = await rotate_dek(self._kms, self._session, thread_id, call.idempotency_key, "")
+        return encode(MSGPACK, _created(record))
 
     async def _create_batch(self, _: Call[Any], body: bytes) -> bytes:
         wanted = [

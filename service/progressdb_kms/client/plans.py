@@ -21,6 +21,7 @@ from progressdb_kms.client.protocol import (
     item_error,
     new_idempotency_key,
     split,
+    thread_path,
 )
 from progressdb_kms.client.types import CreatedDek, Encrypted, Health, Wrapped
 from progressdb_kms.domain.errors import (
@@ -113,6 +114,13 @@ def create(thread_id: str, idempotency_key: str | None) -> Plan[CreatedDek]:
     key = idempotency_key if idempotency_key is not None else new_idempotency_key()
     body = {"thread_id": thread_id}
     call = Call("POST", "/create_dek_for_thread", CreatedDek, body, idempotency_key=key)
+    return (yield from _ask(call))
+
+
+def rotate_dek(thread_id: str, idempotency_key: str | None) -> Plan[CreatedDek]:
+    """Ask for a thread's next DEK; without a key of the caller's as ``create``."""
+    key = idempotency_key if idempotency_key is not None else new_idempotency_key()
+    call = Call("POST", thread_path(thread_id, "rotate-dek"), CreatedDek, idempotency_key=key)
     return (yield from _ask(call))
 
 

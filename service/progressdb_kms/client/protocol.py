@@ -26,6 +26,7 @@ USER_AGENT: Final = f"progressdb-kms-client/{__version__}"
 MAX_ANSWER_BYTES: Final = 32 * 2**20
 """Largest answer that is read. The largest request is 16 MiB, and no answer is twice its request's size."""
 MAX_DETAIL_CHARS: Final = 500
+THREADS: Final = "/v1/threads/"
 
 _TOKEN: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _FIELD_VALUE: Final = re.compile(r"[\x20-\x7e]*")
@@ -103,6 +104,11 @@ def new_idempotency_key() -> str:
 def key_path(key_id: str, verb: str = "") -> str:
     """Return the path of a key's resource, or of a change to it."""
     return f"/v1/keys/{quote(key_id, safe='')}" + (f"/{verb}" if verb else "")
+
+
+def thread_path(thread_id: str, verb: str) -> str:
+    """Return the path of a change to a thread's keys."""
+    return f"{THREADS}{quote(thread_id, safe='')}/{verb}"
 
 
 def binary(name: str, value: object) -> bytes:

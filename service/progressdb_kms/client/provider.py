@@ -51,6 +51,28 @@ class KmsProvider(ABC):
         """
 
     @abstractmethod
+    async def rotate_dek(
+        self,
+        thread_id: str,
+        *,
+        idempotency_key: str | None = None,
+        deadline: float | None = None,
+        headers: Headers | None = None,
+    ) -> CreatedDek:
+        """Make a thread's next DEK; those that were enabled only decrypt from then on.
+
+        Args:
+            thread_id: As for ``create_dek_for_thread``.
+            idempotency_key: The same key, thread and caller rotate once and find the same DEK again.
+            deadline: See the module.
+            headers: See the module.
+
+        Raises:
+            InvalidThreadId: The service does not take this thread_id.
+            RouteNotFound: An older service, which can't rotate a thread's DEK.
+        """
+
+    @abstractmethod
     async def encrypt_with_dek(
         self,
         key_id: str,
@@ -190,6 +212,17 @@ class SyncKmsProvider(ABC):
         headers: Headers | None = None,
     ) -> CreatedDek:
         """As ``KmsProvider.create_dek_for_thread``."""
+
+    @abstractmethod
+    def rotate_dek(
+        self,
+        thread_id: str,
+        *,
+        idempotency_key: str | None = None,
+        deadline: float | None = None,
+        headers: Headers | None = None,
+    ) -> CreatedDek:
+        """As ``KmsProvider.rotate_dek``."""
 
     @abstractmethod
     def encrypt_with_dek(

@@ -81,6 +81,16 @@ class SenderProvider(KmsProvider):
     ) -> CreatedDek:
         return await self._run(plans.create(thread_id, idempotency_key), deadline, headers)
 
+    async def rotate_dek(  # noqa: D102 - as KmsProvider
+        self,
+        thread_id: str,
+        *,
+        idempotency_key: str | None = None,
+        deadline: float | None = None,
+        headers: Headers | None = None,
+    ) -> CreatedDek:
+        return await self._run(plans.rotate_dek(thread_id, idempotency_key), deadline, headers)
+
     async def encrypt_with_dek(  # noqa: D102 - as KmsProvider
         self,
         key_id: str,
@@ -158,6 +168,16 @@ class SyncSenderProvider(SyncKmsProvider):
         headers: Headers | None = None,
     ) -> CreatedDek:
         return self._run(plans.create(thread_id, idempotency_key), deadline, headers)
+
+    def rotate_dek(  # noqa: D102 - as KmsProvider
+        self,
+        thread_id: str,
+        *,
+        idempotency_key: str | None = None,
+        deadline: float | None = None,
+        headers: Headers | None = None,
+    ) -> CreatedDek:
+        return self._run(plans.rotate_dek(thread_id, idempotency_key), deadline, headers)
 
     def encrypt_with_dek(  # noqa: D102 - as KmsProvider
         self,

@@ -165,3 +165,57 @@ class RotationInfos:
     """The latest rotations, newest first."""
 
     rotations: list[RotationInfo]
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotInfo:
+    """A rotation's snapshot in the store. Times are RFC 3339 strings.
+
+    Attributes:
+        rotation_id: Whose.
+        slots: Slots that have a part of it.
+        records: Copies in those parts that are sealed.
+        unsealed: Slots whose part is not sealed.
+        finished_at: When the rotation was finished; None while it runs, or where it is not known any more.
+    """
+
+    rotation_id: str
+    slots: int
+    records: int
+    unsealed: int
+    finished_at: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ExportInfo:
+    """A file that was exported. Times are RFC 3339 strings.
+
+    Attributes:
+        export_id: Its name.
+        kind: ``live`` or ``rotation``.
+        began_at: When it was begun.
+        records: Wrapped keys in it.
+        tombstones: Records of destroyed keys in it.
+        sha256: Of the file; empty where the export was interrupted.
+        kek_versions: What its wrapped keys need.
+        finished_at: When it was finished; None where it was interrupted.
+        rotation_id: Whose snapshot it is, for that kind.
+    """
+
+    export_id: str
+    kind: str
+    began_at: str
+    records: int
+    tombstones: int
+    sha256: str
+    kek_versions: list[str]
+    finished_at: str | None = None
+    rotation_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BackupList:
+    """Snapshots in the store, and exports that were made of it."""
+
+    snapshots: list[SnapshotInfo]
+    exports: list[ExportInfo]

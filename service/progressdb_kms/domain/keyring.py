@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from progressdb_kms.domain.envelope import MAX_KEK_VERSION
 from progressdb_kms.domain.errors import KekFileInvalid, KekUnavailable
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 KEK_BYTES: Final = 32
 _CHECK_LABEL: Final = b"progressdb-kms/kek-check/v1"
+_SEAL_LABEL: Final = b"progressdb-kms/kek-seal/v1"
 
 
 class KekState(StrEnum):
@@ -78,13 +81,14 @@ class Keyring:
         KekFileInvalid: No key, a bad length or version, or one key under two versions.
     """
 
-    __slots__ = ("_checks", "_ciphers")
+    __slots__ = ("_checks", "_ciphers", "_sealing")
 
     def __init__(self, keys: Mapping[int, bytes]) -> None:
         if not keys:
             raise KekFileInvalid("there is no KEK in it")
         self._ciphers: dict[int, AESGCM] = {}
         self._checks: dict[int, str] = {}
+        self._sealing: dict[int, bytes] = {}
         for version, key in sorted(keys.items()):
             if not 1 <= version <= MAX_KEK_VERSION:
                 raise KekFileInvalid(f"KEK version {version} is not between 1 and {MAX_KEK_VERSION}")
@@ -96,6 +100,9 @@ class Keyring:
                     raise KekFileInvalid(f"KEK versions {other} and {version} are the same key")
             self._ciphers[version] = AESGCM(key)
             self._checks[version] = value
+            # A key of its own, so that no seal can ever be an input or output of a wrap. The KEK is uniform
+            # already, so only the second half of HKDF (RFC 5869, 3.3) is needed.
+            self._sealing[version] = HKDFExpand(hashes.SHA256(), KEK_BYTES, _SEAL_LABEL).derive(key)
 
     def __repr__(self) -> str:
         return f"Keyring(versions={list(self._ciphers)})"
@@ -124,3 +131,13 @@ class Keyring:
             return self._ciphers[version]
         except KeyError:
             raise KekUnavailable(f"KEK version {version} is not loaded; add it to the KEK file") from None
+
+    def seal(self, version: int, label: bytes, digest: bytes) -> bytes:
+        """Return HMAC-SHA256 (RFC 2104) over label and digest under a key derived from a loaded version.
+
+        Raises:
+            KekUnavailable: Not loaded.
+        """
+        self.cipher(version)
+        message = len(label).to_bytes(4, "big") + label + digest
+        return hmac.new(self._sealing[version], message, hashlib.sha256).digest()

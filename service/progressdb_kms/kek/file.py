@@ -129,6 +129,14 @@ class FileKekSource:
                 results.append(error)
         return results
 
+    async def seal(self, version: int, label: bytes, digest: bytes) -> bytes:
+        """Return ``Keyring.seal`` of a version.
+
+        Raises:
+            KekUnavailable: Not loaded.
+        """
+        return self._keyring.seal(version, label, digest)
+
     def reload(self, required: Mapping[int, str]) -> bool:
         """Read the file again and take it whole, or keep what is loaded.
 

@@ -31,6 +31,7 @@ ROTATION: Final[dict[str, tuple[str, str]]] = {
 }
 """Gauges of KEKs and rotations, which every instance reads from the store: name to label and help."""
 
+
 class _FactsCollector:
     """Reads the gauges of ``ROTATION`` at each scrape; one that is not known yet is left out."""
 

@@ -1,10 +1,11 @@
 """What the use cases need from the outside, as Protocols.
 
 Each method says which errors it raises; an adapter translates everything that its driver can raise into
-one of them. All errors are from ``domain.errors``. ``ports.service`` is what serving needs, ``ports.rotation``
-what rotations, backups and destruction need besides.
+one of them. All errors are from ``domain.errors``. ``ports.service`` is what serving needs,
+``ports.rotation`` and ``ports.backup`` what rotations, backups and destruction need besides.
 """
 
+from progressdb_kms.ports.backup import BackupStore, Damaged, DestructionStore, Extras, Imported
 from progressdb_kms.ports.rotation import (
     Claim,
     KekStager,
@@ -37,10 +38,15 @@ from progressdb_kms.ports.service import (
 __all__ = [
     "AuditEvent",
     "AuditLog",
+    "BackupStore",
     "Changes",
     "Claim",
+    "Damaged",
+    "DestructionStore",
+    "Extras",
     "Heartbeat",
     "Heartbeats",
+    "Imported",
     "KekRegistry",
     "KekSource",
     "KekStager",

@@ -56,6 +56,17 @@ class KeyStore(Protocol):
         StoreUnavailable where this item's fate is unknown.
         """
 
+    async def rotate(self, dek: NewDek) -> DekRecord:
+        """Store a thread's new DEK, and let those that are enabled only decrypt from now on, in one step.
+
+        A disabled key of the thread can't be enabled to more than decrypt any more. Notices of the keys that
+        change go first, as in ``change_state``. A record whose id exists is returned as it is, and nothing is
+        changed (a replay).
+
+        Raises:
+            StaleKek: ``kek_version`` is below the slot's floor.
+        """
+
     async def get(self, key_ids: Sequence[str]) -> list[DekRecord | None]:
         """Return the records, in order; None where there is none."""
 
@@ -281,6 +292,18 @@ class KekSource(Protocol):
         self, version: int, bodies: Sequence[bytes], aads: Sequence[bytes]
     ) -> list[bytes | KmsError]:
         """Return the raw DEKs; WrappedKeyInvalid in the place of one that does not unwrap.
+
+        Raises:
+            KekUnavailable: Not loaded.
+        """
+
+    async def seal(self, version: int, label: bytes, digest: bytes) -> bytes:
+        """Return a MAC of 32 bytes over ``digest`` under a key derived from a KEK for this alone.
+
+        Args:
+            version: The KEK version.
+            label: What is sealed; a seal under one label is none under another.
+            digest: What to seal.
 
         Raises:
             KekUnavailable: Not loaded.

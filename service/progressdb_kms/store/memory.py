@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from progressdb_kms.domain.keys import DekRecord, KeyState, NewDek, StateChange,
 from progressdb_kms.ports import Changes, Heartbeat, KeyPage, Lock, RegistryView, StoreStatus
 from progressdb_kms.store.cursors import decode_cursor, encode_cursor
 from progressdb_kms.store.kek_states import RegistryChange, activated, retired, staged
+from progressdb_kms.store.memory_backups import MemoryBackups, MemoryDestruction, Shelves
 from progressdb_kms.store.memory_escrow import MemoryEscrowBox
 from progressdb_kms.store.memory_rotation import MemoryLedger, MemorySlots
 from progressdb_kms.store.states import apply_change, require_rewrappable
@@ -32,8 +34,8 @@ _STATUS: Final = StoreStatus(
 class MemoryStore:
     """Implements KeyStore, KekRegistry, Heartbeats and StoreHealth for one process and one event loop.
 
-    ``rotation_ledger`` and ``rotation_slots`` implement RotationLedger and RotationStore over the same keys,
-    ``escrow`` implements EscrowBox.
+    ``rotation_ledger``, ``rotation_slots``, ``backups``, ``destruction`` and ``escrow`` implement the ports of
+    their names over the same records.
 
     Never raises StoreUnavailable or StoreNotDurable: it is always there, and says in its status that it
     promises nothing beyond the life of the process.
@@ -53,6 +55,9 @@ class MemoryStore:
         self.rotation_ledger = MemoryLedger()
         self.escrow = MemoryEscrowBox()
         self.rotation_slots = MemorySlots(self._records, self._slots, self._floors)
+        shelves = Shelves(self._records, self._threads, self._slots, self._floors, self._wraps)
+        self.backups = MemoryBackups(shelves, self.rotation_slots, lambda: self._view, self._register)
+        self.destruction = MemoryDestruction(shelves, self.rotation_slots, self._notice, time.time)
 
     @property
     def keys(self) -> Self:
@@ -93,6 +98,7 @@ class MemoryStore:
         if dek.kek_version < self._floors.get(locate(dek.key_id), 0):
             return StaleKek()
         siblings = self._threads.setdefault(dek.thread_id, [])
+        version = max((self._records[key_id].version for key_id in siblings), default=0) + 1
         siblings.append(dek.key_id)
         record = DekRecord(
             dek.key_id,
@@ -100,7 +106,7 @@ class MemoryStore:
             dek.wrapped,
             dek.kek_id,
             dek.kek_version,
-            len(siblings),
+            version,
             KeyState.ENABLED,
             dek.created_at,
             dek.created_by,
@@ -118,15 +124,33 @@ class MemoryStore:
     ) -> DekRecord:
         """Change a key's state; see ``KeyStore.change_state``."""
         locate(key_id)
+        self._notice(key_id)
+        record = apply_change(self._record(key_id), change, now, destroy_at)
+        self._records[key_id] = record
+        return record
+
+    def _notice(self, key_id: str) -> None:
         self._notices.append(key_id)
         if len(self._notices) > _KEPT_NOTICES:
             del self._notices[: _KEPT_NOTICES // 2]
             self._trimmed += _KEPT_NOTICES // 2
         self._noticed.set()
         self._noticed = asyncio.Event()
-        record = apply_change(self._record(key_id), change, now, destroy_at)
-        self._records[key_id] = record
-        return record
+
+    async def rotate(self, dek: NewDek) -> DekRecord:
+        """Store a thread's new DEK and supersede its others; see ``KeyStore.rotate``."""
+        older = [] if dek.key_id in self._records else list(self._threads.get(dek.thread_id, ()))
+        result = self._create(dek)
+        if isinstance(result, KmsError):
+            raise result
+        for key_id in older:
+            known = self._records[key_id]
+            if known.state is KeyState.ENABLED:
+                self._notice(key_id)
+                self._records[key_id] = replace(known, state=KeyState.DECRYPT_ONLY, changed_at=dek.created_at)
+            elif known.state in {KeyState.DISABLED, KeyState.PENDING_DESTRUCTION}:
+                self._records[key_id] = replace(known, resume_state=KeyState.DECRYPT_ONLY)
+        return result
 
     async def rewrap(self, record: DekRecord, wrapped: bytes, kek_id: str, kek_version: int) -> bool:
         """Replace the blob if it still is ``record.wrapped``; see ``KeyStore.rewrap``."""
@@ -194,6 +218,9 @@ class MemoryStore:
             active = replace(kek, state=KekState.ACTIVE, activated_at=kek.created_at)
             self._view = RegistryView(secrets.token_hex(16), {kek.version: active}, kek.version, 1)
         return self._view
+
+    def _register(self, view: RegistryView) -> None:
+        self._view = view
 
     async def stage(self, kek: KekInfo) -> RegistryView:
         """Register a version as staged; see ``KekRegistry.stage``."""

@@ -184,9 +184,9 @@ class MemorySlots:
         self._slots = slots
         self._floors = floors
         self._fences: dict[str, int] = {}
-        self._manifests: dict[tuple[str, str], Manifest] = {}
-        self._copies: dict[tuple[str, str], dict[str, bytes]] = {}
-        self._quarantined: dict[tuple[str, str], dict[str, Quarantined]] = {}
+        self.manifests: dict[tuple[str, str], Manifest] = {}
+        self.copies: dict[tuple[str, str], dict[str, bytes]] = {}
+        self.noted: dict[tuple[str, str], dict[str, Quarantined]] = {}
 
     async def take(self, claims: Sequence[Claim]) -> None:
         """Raise the slots' fences to the claims' tokens; has to come before all else.
@@ -212,7 +212,7 @@ class MemorySlots:
 
     async def page(self, tag: str, version: int, cursor: int, count: int, *, backup: str = "") -> SlotPage:
         """Return some records under a KEK version, with their copies in snapshot ``backup`` if named."""
-        copies = self._copies.get((tag, backup), {})
+        copies = self.copies.get((tag, backup), {})
         records, following = self._step(tag, version, cursor, count)
         return SlotPage(
             tuple(
@@ -232,8 +232,8 @@ class MemorySlots:
         """Make the manifest of a slot's snapshot, fit for ``records``; an existing one is returned."""
         self._require(claim)
         place = (claim.tag, rotation_id)
-        self._copies.setdefault(place, {})
-        return self._manifests.setdefault(place, Manifest(claim.tag, bucket_count(records)))
+        self.copies.setdefault(place, {})
+        return self.manifests.setdefault(place, Manifest(claim.tag, bucket_count(records)))
 
     async def snapshot(self, claim: Claim, rotation_id: str, version: int, cursor: int, count: int) -> int:
         """Copy some records under a KEK version into the snapshot, never over an existing copy.
@@ -242,7 +242,7 @@ class MemorySlots:
             RotationRefused: The snapshot has not been begun.
         """
         self._require(claim)
-        if (claim.tag, rotation_id) not in self._manifests:
+        if (claim.tag, rotation_id) not in self.manifests:
             raise _unbegun(claim)
         records, following = self._step(claim.tag, version, cursor, count)
         for record in records:
@@ -251,10 +251,10 @@ class MemorySlots:
 
     async def read_bucket(self, tag: str, rotation_id: str, bucket: int) -> list[tuple[str, bytes]]:
         """Return a bucket of a slot's snapshot: key ids and blobs."""
-        manifest = self._manifests.get((tag, rotation_id))
+        manifest = self.manifests.get((tag, rotation_id))
         if manifest is None:
             return []
-        copies = self._copies[tag, rotation_id]
+        copies = self.copies[tag, rotation_id]
         return [item for item in copies.items() if bucket_of(item[0], manifest.buckets) == bucket]
 
     async def seal_snapshot(self, claim: Claim, rotation_id: str, count: int, digest: str) -> None:
@@ -265,13 +265,13 @@ class MemorySlots:
         """
         self._require(claim)
         place = (claim.tag, rotation_id)
-        if place not in self._manifests:
+        if place not in self.manifests:
             raise _unbegun(claim)
-        self._manifests[place] = replace(self._manifests[place], count=count, digest=digest)
+        self.manifests[place] = replace(self.manifests[place], count=count, digest=digest)
 
     async def manifest(self, tag: str, rotation_id: str) -> Manifest | None:
         """Return the manifest of a slot's snapshot."""
-        return self._manifests.get((tag, rotation_id))
+        return self.manifests.get((tag, rotation_id))
 
     async def swap(
         self, claim: Claim, rotation_id: str, swaps: Sequence[Swap], kek_id: str, kek_version: int
@@ -303,12 +303,12 @@ class MemorySlots:
     async def quarantine(self, claim: Claim, rotation_id: str, records: Sequence[Quarantined]) -> None:
         """Note records that could not be dealt with; a record that was noted before gets the newer reason."""
         self._require(claim)
-        noted = self._quarantined.setdefault((claim.tag, rotation_id), {})
+        noted = self.noted.setdefault((claim.tag, rotation_id), {})
         noted.update({record.key_id: record for record in records})
 
     async def quarantined(self, tag: str, rotation_id: str) -> list[Quarantined]:
         """Return what was noted for a slot."""
-        return list(self._quarantined.get((tag, rotation_id), {}).values())
+        return list(self.noted.get((tag, rotation_id), {}).values())
 
     async def headroom(self) -> str:
         """Return an empty string: this process's memory has no bound of its own."""
@@ -332,10 +332,10 @@ class MemorySlots:
 
     def _copy(self, tag: str, rotation_id: str, record: DekRecord) -> None:
         place = (tag, rotation_id)
-        if record.key_id not in self._copies[place]:
-            self._copies[place][record.key_id] = record.wrapped
+        if record.key_id not in self.copies[place]:
+            self.copies[place][record.key_id] = record.wrapped
             # What was sealed before is no longer what it was.
-            self._manifests[place] = replace(self._manifests[place], count=-1, digest="")
+            self.manifests[place] = replace(self.manifests[place], count=-1, digest="")
 
 
 def _fenced(claim: Claim) -> Fenced:

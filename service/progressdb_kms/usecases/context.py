@@ -13,7 +13,7 @@ from progressdb_kms.usecases.session import PolicyBook
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from progressdb_kms.ports import AuditLog, KeyStore, Observer
+    from progressdb_kms.ports import AuditLog, BackupStore, KeyStore, Observer, RotationLedger
     from progressdb_kms.usecases.keks import KekBook
     from progressdb_kms.usecases.keycache import DekCache
 
@@ -42,6 +42,8 @@ class Kms:
         cache: Unwrapped DEKs.
         audit: Where decisions are written.
         observer: Who counts.
+        backups: What is known of backups.
+        ledger: What is known of rotations.
         policies: The policy in force.
         bounds: Limits.
         refusals: Where refusals gather for the audit log.
@@ -55,6 +57,8 @@ class Kms:
     cache: DekCache
     audit: AuditLog
     observer: Observer
+    backups: BackupStore
+    ledger: RotationLedger
     policies: PolicyBook = field(default_factory=PolicyBook)
     bounds: Bounds = field(default_factory=Bounds)
     now: Callable[[], float] = time.time

@@ -9,6 +9,7 @@ import structlog
 
 from progressdb_kms.domain.errors import KmsError, StoreUnavailable
 from progressdb_kms.ports import Heartbeat
+from progressdb_kms.usecases.destruction import sweep
 from progressdb_kms.usecases.loading import TICK
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from progressdb_kms.ports import Heartbeats, StoreHealth
     from progressdb_kms.usecases.context import Kms
     from progressdb_kms.usecases.loading import Loader
+    from progressdb_kms.usecases.vault import Vault
 
 log = structlog.get_logger(__name__)
 
@@ -30,6 +32,7 @@ STORE_EVERY: Final = 3.0
 USES_EVERY: Final = 1.0
 REFUSALS_EVERY: Final = 1.0
 PAUSE_AFTER_BUG: Final = 1.0
+DESTRUCTION_EVERY: Final = 60.0
 
 
 class Upkeep:
@@ -42,6 +45,7 @@ class Upkeep:
         heartbeats: Where this instance says that it lives.
         release: The package's version.
         instance: Random name of this process.
+        vault: What destroys keys when their waiting period is over.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class Upkeep:
         heartbeats: Heartbeats,
         release: str,
         instance: str,
+        vault: Vault,
     ) -> None:
         self._kms = kms
         self._loader = loader
@@ -62,6 +67,7 @@ class Upkeep:
         self._started_at = kms.now()
         self._tasks: list[asyncio.Task[None]] = []
         self._instance = instance
+        self._vault = vault
 
     def start(self) -> None:
         """Begin; needs a running event loop."""
@@ -73,6 +79,7 @@ class Upkeep:
             asyncio.create_task(self._every("store", STORE_EVERY, self._check_store)),
             asyncio.create_task(self._every("uses", USES_EVERY, self.report_uses)),
             asyncio.create_task(self._every("refusals", REFUSALS_EVERY, self._kms.refusals.write)),
+            asyncio.create_task(self._every("destruction", DESTRUCTION_EVERY, self._destroy_due)),
         ]
 
     async def stop(self) -> None:
@@ -169,6 +176,11 @@ class Upkeep:
         if status.reachable and status.problems != before:
             for problem in status.problems:
                 log.error("store_not_durable", detail=problem)
+
+    async def _destroy_due(self) -> None:
+        swept = await sweep(self._vault)
+        if swept is not None and swept.destroyed:
+            log.info("keys_destroyed", count=len(swept.destroyed), files_rewritten=swept.rewritten)
 
     async def report_uses(self) -> None:
         """Write down the uses of keys that have left the cache."""

@@ -9,6 +9,8 @@ How it hangs together: ``keys``, ``registry``, ``heartbeats``, ``health``, ``rot
 from __future__ import annotations
 
 from progressdb_kms.store.redis.address import parse_url
+from progressdb_kms.store.redis.backups import RedisBackups
+from progressdb_kms.store.redis.destruction import RedisDestruction
 from progressdb_kms.store.redis.escrow import RedisEscrowBox
 from progressdb_kms.store.redis.health import RedisHealth
 from progressdb_kms.store.redis.heartbeats import RedisHeartbeats
@@ -35,6 +37,8 @@ class RedisStore:
         escrow: ``EscrowBox``.
         rotation_ledger: ``RotationLedger``.
         rotation_slots: ``RotationStore``.
+        backups: ``BackupStore``.
+        destruction: ``DestructionStore``.
     """
 
     def __init__(self, settings: StoreSettings, observer: StoreObserver) -> None:
@@ -48,6 +52,8 @@ class RedisStore:
         self.health = RedisHealth(self._topology, address, settings)
         self.rotation_ledger = RedisRotationLedger(router)
         self.rotation_slots = RedisRotationSlots(router)
+        self.backups = RedisBackups(router)
+        self.destruction = RedisDestruction(router, settings)
 
     async def close(self) -> None:
         """Close all connections; what is under way fails with StoreUnavailable."""

@@ -64,6 +64,60 @@ class RedisKeys:
         replies = await self._router.write([_create_call(dek) for dek in deks])
         return [_created(dek, reply) for dek, reply in zip(deks, replies, strict=True)]
 
+    async def rotate(self, dek: NewDek) -> DekRecord:
+        """Store a thread's new DEK and supersede its others; see ``KeyStore.rotate``.
+
+        The notices' age is measured as in ``change_state``.
+        """
+        tag = slot_tag(dek.thread_id)
+        thread = thread_key(tag, dek.thread_id)
+        try:
+            async with asyncio.timeout(2 * self._settings.command_timeout):
+                while True:
+                    enabled = await self._enabled(tag, thread)
+                    seconds, microseconds = await self._router.read_one(Call(tag, ("TIME",)))
+                    await self._notices.put(*enabled)
+                    call = script_call(
+                        tag,
+                        scripts.ROTATE_DEK,
+                        (
+                            record_key(tag, dek.key_id),
+                            thread,
+                            census_key(tag, dek.kek_version),
+                            control_key(tag),
+                        ),
+                        dek.key_id,
+                        dek.thread_id,
+                        dek.wrapped,
+                        dek.kek_id,
+                        dek.kek_version,
+                        dek.created_at,
+                        dek.created_by,
+                        int(seconds) * 1000 + int(microseconds) // 1000,
+                        NOTICE_MAX_AGE_MS,
+                        record_key(tag, ""),
+                        ",".join(enabled),
+                        *FIELDS,
+                    )
+                    reply = await self._router.write_one(call)
+                    if reply[0] != b"late":
+                        break
+        except TimeoutError:
+            raise StoreUnavailable("the store did not rotate the thread's key in time") from None
+        result = _created(dek, reply)
+        if isinstance(result, KmsError):
+            raise result
+        return result
+
+    async def _enabled(self, tag: str, thread: str) -> list[str]:
+        names = await self._router.read_one(Call(tag, ("ZRANGE", thread, 0, -1)))
+        key_ids = [name.decode() for name in names]
+        replies = await self._router.read(
+            [Call(tag, ("HGET", record_key(tag, key_id), "state")) for key_id in key_ids]
+        )
+        states = [checked(reply) for reply in replies]
+        return [key_id for key_id, state in zip(key_ids, states, strict=True) if state == b"enabled"]
+
     async def get(self, key_ids: Sequence[str]) -> list[DekRecord | None]:
         """Return the records, in order; None where there is none."""
         tags = [_tag(key_id) for key_id in key_ids]

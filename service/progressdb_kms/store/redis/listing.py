@@ -74,7 +74,7 @@ async def list_all(router: Router, state: KeyState | None, limit: int, cursor: s
     for _ in range(_STEPS):
         if number >= len(nodes):
             return KeyPage(tuple(records), None)
-        process, following, key_ids = await _scan(nodes[number], scan, limit)
+        process, following, key_ids = await scan_step(nodes[number], scan, limit)
         if run_id and run_id != process:
             # A SCAN cursor means something only to the process that gave it.
             raise InvalidParameter(
@@ -108,7 +108,7 @@ async def any_record(router: Router) -> bool:
     for node in router.topology.primaries():
         scan = 0
         while True:
-            _, scan, key_ids = await _scan(node, scan, 1000)
+            _, scan, key_ids = await scan_step(node, scan, 1000)
             if key_ids:
                 return True
             if scan == 0:
@@ -116,7 +116,7 @@ async def any_record(router: Router) -> bool:
     return False
 
 
-async def _scan(node: Node, scan: int, count: int) -> tuple[str, int, list[str]]:
+async def scan_step(node: Node, scan: int, count: int) -> tuple[str, int, list[str]]:
     """Make one step; return the name of the process that made it, the next step, and the key_ids found."""
     commands: tuple[Command, ...] = (
         ("INFO", "server"),

@@ -29,9 +29,11 @@ class Notices:
         self._router = router
         self._settings = settings
 
-    async def put(self, key_id: str) -> None:
-        """Say that a key's state is about to change."""
-        await self._router.write_one(script_call(CONTROL, scripts.NOTICE, (CHANGES_KEY,), key_id, KEPT_MS))
+    async def put(self, *key_ids: str) -> None:
+        """Say that keys' states are about to change; many take hardly longer than one."""
+        calls = [script_call(CONTROL, scripts.NOTICE, (CHANGES_KEY,), key_id, KEPT_MS) for key_id in key_ids]
+        for reply in await self._router.write(calls):
+            checked(reply)
 
     async def read(self, cursor: str | None, wait: float) -> Changes:
         """Read what came after ``cursor``; see ``KeyStore.changes``."""

@@ -11,6 +11,7 @@
     kms:{tag}:backup:<rotation_id>:<bucket>  hash  snapshot: blobs by key_id
     kms:{tag}:quarantine:<rotation_id>       hash  records that could not be dealt with, by key_id, as JSON
     kms:{tag}:due                   zset    keys waiting for destruction, by time
+    kms:{tag}:destroyed             hash    what was written down of destroyed keys, by key_id, as JSON
     kms:{ctl}:schema                hash    version, store_id, created_at
     kms:{ctl}:keks                  hash    active, rev, and by version what is known of a KEK, as JSON
     kms:{ctl}:wraps                 hash    wraps reserved, by KEK version
@@ -23,6 +24,10 @@
     kms:{ctl}:fence                 string  the last token given
     kms:{ctl}:work:<id>:<step>      zset    slots not done, by the end of their lease in ms; 0 is unclaimed
     kms:{ctl}:claims:<id>:<step>    hash    token and worker, by slot
+    kms:{ctl}:escrow                hash    KEKs sealed to recovery keys, by version
+    kms:{ctl}:exports               hash    what is remembered of exports, by id, as JSON
+    kms:{ctl}:import                string  SHA-256 of the file that the store is being filled from
+    kms:{ctl}:destruction           hash    owner and until of the right to destroy; rewrite_owed
 
 ``{tag}`` is a hash tag of Redis Cluster: keys that share it share a slot, and one script may change them.
 The record's blob is kept raw: a hash stays compact only while each value is at most 64 bytes.
@@ -35,6 +40,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from typing import Any, Final
 
+from progressdb_kms.domain.backup import Destruction, ExportKind, ExportNote, HeldBy
 from progressdb_kms.domain.errors import StoreUnavailable
 from progressdb_kms.domain.keyring import KekInfo, KekState
 from progressdb_kms.domain.keys import DekRecord, KeyState
@@ -52,6 +58,10 @@ ROTATIONS_KEY: Final = "kms:{ctl}:rotations"
 CURRENT_KEY: Final = "kms:{ctl}:rotation"
 LOCK_KEY: Final = "kms:{ctl}:lock"
 FENCE_KEY: Final = "kms:{ctl}:fence"
+ESCROW_KEY: Final = "kms:{ctl}:escrow"
+EXPORTS_KEY: Final = "kms:{ctl}:exports"
+IMPORT_KEY: Final = "kms:{ctl}:import"
+DESTRUCTION_KEY: Final = "kms:{ctl}:destruction"
 RECORD_PATTERN: Final = "kms:{*}:dek:*"
 
 FIELDS: Final = (
@@ -121,6 +131,11 @@ def manifest_field(rotation_id: str) -> str:
     return f"b:{rotation_id}"
 
 
+def rotation_of(field: bytes) -> str:
+    """Return the rotation whose manifest a field of a slot's control hash holds, empty for other fields."""
+    return field[2:].decode(errors="replace") if field.startswith(b"b:") else ""
+
+
 def bucket_prefix(tag: str, rotation_id: str) -> str:
     """Return what the keys of a snapshot's buckets begin with; the bucket's number follows."""
     return f"kms:{{{tag}}}:backup:{rotation_id}:"
@@ -129,6 +144,11 @@ def bucket_prefix(tag: str, rotation_id: str) -> str:
 def quarantine_key(tag: str, rotation_id: str) -> str:
     """Return the key of what a rotation could not deal with in a slot."""
     return f"kms:{{{tag}}}:quarantine:{rotation_id}"
+
+
+def destroyed_key(tag: str) -> str:
+    """Return the key of what was written down of a slot's destroyed keys."""
+    return f"kms:{{{tag}}}:destroyed"
 
 
 def key_id_of(key: bytes) -> str:
@@ -269,6 +289,49 @@ def decode_quarantined(key_id: bytes, entry: bytes) -> Quarantined:
     except (ValueError, KeyError, TypeError):
         raise StoreUnavailable(
             "an entry of the quarantine can't be read: damaged, or of a newer release"
+        ) from None
+
+
+def encode_note(note: ExportNote) -> str:
+    """Return what is stored of an export."""
+    return json.dumps(asdict(note), separators=(",", ":"))
+
+
+def decode_note(entry: bytes) -> ExportNote:
+    """Return what is remembered of an export; members that a newer release added are left out.
+
+    Raises:
+        StoreUnavailable: It is damaged, or of a newer release.
+    """
+    try:
+        members = _known(ExportNote, json.loads(entry))
+        members["kind"] = ExportKind(members["kind"])
+        members["kek_versions"] = tuple(members["kek_versions"])
+        return ExportNote(**members)
+    except (ValueError, KeyError, TypeError):
+        raise StoreUnavailable(
+            "the note of an export can't be read: damaged, or of a newer release"
+        ) from None
+
+
+def encode_destruction(destruction: Destruction) -> str:
+    """Return what is written down of a destroyed key."""
+    return json.dumps(asdict(destruction), separators=(",", ":"))
+
+
+def decode_destruction(entry: bytes) -> Destruction:
+    """Return what was written down of a destroyed key; members that a newer release added are left out.
+
+    Raises:
+        StoreUnavailable: It is damaged, or of a newer release.
+    """
+    try:
+        members = _known(Destruction, json.loads(entry))
+        members["held_by"] = tuple(HeldBy(**_known(HeldBy, held)) for held in members["held_by"])
+        return Destruction(**members)
+    except (ValueError, KeyError, TypeError):
+        raise StoreUnavailable(
+            "the record of a destruction can't be read: damaged, or of a newer release"
         ) from None
 
 

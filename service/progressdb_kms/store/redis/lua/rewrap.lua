@@ -14,8 +14,10 @@ local floor = tonumber(redis.call('HGET', KEYS[4], 'floor') or '0')
 if tonumber(ARGV[5]) < floor then
   return {'stale', floor}
 end
+-- A record that has lost its blob reads as one with an empty one, and may be restored.
+local blob = found[2] or ''
 -- Our own new blob: a retry of a call whose answer was lost.
-if found[2] ~= ARGV[2] and found[2] ~= ARGV[3] then
+if blob ~= ARGV[2] and blob ~= ARGV[3] then
   return {'other'}
 end
 redis.call('HSET', KEYS[1], 'wrapped', ARGV[3], 'kek_id', ARGV[4], 'kek_version', ARGV[5])
