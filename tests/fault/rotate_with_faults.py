@@ -2,7 +2,8 @@
 
 `PROGRESSDB_KMS_FAULT_POINT=name[:N]` ends this process by SIGKILL when the rotation job reaches that
 transition for the Nth time (the first without N). `PROGRESSDB_KMS_LEASE` shortens leases, in seconds, so
-that the next run need not wait for those of a killed one.
+that the next run need not wait for those of a killed one; `PROGRESSDB_KMS_LIVE` does so for the time for which a
+silent instance counts as live.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from progressdb_kms.usecases import crew
 
 POINT = "PROGRESSDB_KMS_FAULT_POINT"
 LEASE = "PROGRESSDB_KMS_LEASE"
+LIVE = "PROGRESSDB_KMS_LIVE"
 
 
 def main() -> int:
@@ -37,6 +39,8 @@ def main() -> int:
     if LEASE in os.environ:
         crew.LEASE = float(os.environ[LEASE])  # type: ignore[misc] # Final for everyone else
         crew.RENEW = crew.LEASE / 4  # type: ignore[misc]
+    if LIVE in os.environ:
+        crew.LIVE = float(os.environ[LIVE])  # type: ignore[misc]
     return run(sys.argv[1:])
 
 

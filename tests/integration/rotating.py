@@ -7,6 +7,7 @@ import os
 import secrets
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,28 +26,36 @@ class Job:
         arguments: Further arguments.
         fault: Where it ends by SIGKILL, as `PROGRESSDB_KMS_FAULT_POINT` has it.
         lease: Seconds of its leases; None for those of production.
+        environment: Further environment.
+        module: What the process runs; the command, with fault points where they are asked for.
     """
 
     def __init__(
-        self, instance: Instance, *arguments: str, fault: str = "", lease: float | None = None
+        self,
+        instance: Instance,
+        *arguments: str,
+        fault: str = "",
+        lease: float | None = None,
+        environment: Mapping[str, str] | None = None,
+        module: str = "",
     ) -> None:
         self._log = instance.folder / f"rotate-{secrets.token_hex(4)}"
-        environment = dict(os.environ)
-        module = "progressdb_kms.cli"
-        if fault or lease:
-            module = "tests.fault.rotate_with_faults"
-            environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "service")])
+        everything = {**os.environ, **(environment or {})}
+        faulty = bool(fault or lease)
+        run = module or ("tests.fault.rotate_with_faults" if faulty else "progressdb_kms.cli")
+        if faulty or module:
+            everything["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "service")])
         if fault:
-            environment["PROGRESSDB_KMS_FAULT_POINT"] = fault
+            everything["PROGRESSDB_KMS_FAULT_POINT"] = fault
         if lease:
-            environment["PROGRESSDB_KMS_LEASE"] = str(lease)
+            everything["PROGRESSDB_KMS_LEASE"] = str(lease)
         with self._log.with_suffix(".out").open("wb") as out, self._log.with_suffix(".err").open("wb") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", module, "rotate", "--config", str(instance.config), *arguments],
+                [sys.executable, "-m", run, "rotate", "--config", str(instance.config), *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
-                env=environment,
+                env=everything,
                 cwd=ROOT,
             )
 

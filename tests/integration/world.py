@@ -104,9 +104,11 @@ class Instance:
 
     Attributes:
         python: Interpreter and environment, where they are not the test's own.
+        module: What the process runs.
     """
 
     python: tuple[str, dict[str, str]] | None = None
+    module = "progressdb_kms.cli"
 
     def __init__(
         self, world: World, name: str, config: Mapping[str, Mapping[str, object]], user: int | None = None
@@ -159,7 +161,7 @@ class Instance:
             identity = {"user": self.user, "group": self.user, "extra_groups": []}
         with self.out.open("ab") as out, self.err.open("ab") as err:
             self.process = subprocess.Popen(
-                [python, "-m", "progressdb_kms.cli", "serve", "--config", str(self.config)],
+                [python, "-m", self.module, "serve", "--config", str(self.config)],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,

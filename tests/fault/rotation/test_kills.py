@@ -1,0 +1,39 @@
+"""Rotation survives the death of the job, of the services and of the store, at any moment, and loses nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.fault.rotation.campaign import Campaign, report
+
+LONG = "FAULT_RUNS" in os.environ
+KILLS = max(int(os.environ.get("FAULT_RUNS", "12")), 12)
+KEYS = 20_000 if LONG else 2_000
+
+pytestmark = [pytest.mark.fault, pytest.mark.timeout(300)]
+
+
+@pytest.fixture
+def campaign(shim: Path) -> Iterator[Campaign]:
+    """Give services with keys, under traffic."""
+    made = Campaign(shim, KEYS)
+    yield made
+    made.close()
+
+
+def test_nothing_is_lost(campaign: Campaign, tmp_path: Path) -> None:
+    """Killed again and again, rotations are finished, and every promise to the clients has been kept."""
+    began = time.monotonic()
+    campaign.run(KILLS)
+    violations = campaign.finish()
+    figures = report(campaign, time.monotonic() - began)
+    (tmp_path / "report.json").write_text(json.dumps(figures, indent=1))
+    print(json.dumps(figures, indent=1))  # noqa: T201 - the counts are a result of the test: pytest -s shows them
+    assert not violations, (len(violations), violations[:20])
+    assert sum(campaign.kills.values()) >= KILLS
