@@ -2,8 +2,8 @@
 
 `PROGRESSDB_KMS_FAULT_POINT=name[:N]` ends this process by SIGKILL when the rotation job reaches that
 transition for the Nth time (the first without N). `PROGRESSDB_KMS_LEASE` shortens leases, in seconds, so
-that the next run need not wait for those of a killed one; `PROGRESSDB_KMS_LIVE` does so for the time for which a
-silent instance counts as live.
+that the next run need not wait for those of a killed one. `PROGRESSDB_KMS_LIVE` does so for the time for
+which a silent instance counts as live.
 """
 
 from __future__ import annotations

@@ -235,7 +235,7 @@ _EXPLAINS = {
 
 
 def _unexplained(history: History) -> Iterator[Violation]:
-    """A refusal needs a cause in the history: somebody's change, though not necessarily an acknowledged one."""
+    """A refusal needs a cause in the history: somebody's change, acknowledged or not."""
     changes = _by_key(history.operations, CHANGES)
     keys = history.acknowledged()
     rotated: dict[str, float] = {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from tests.fault.rotation.history import CHANGES, History, Kind, Operation, Outc
 _PAGE = 1_000
 _HEADER = 4
 _NONCE = 12
+_SNAPSHOTS = "snapshots verify"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +115,14 @@ def read_store(client: redis.Redis, kek_text: str) -> Stored:
                         for number in range(int(manifest.split()[0]))
                     ),
                 )
-    for name in buckets:  # copies that no manifest names
-        stored.snapshots[name, _tag(name)] = Snapshot("", (buckets[name],))
+    for name, bucket in buckets.items():  # copies that no manifest names
+        stored.snapshots[name, _tag(name)] = Snapshot("", (bucket,))
     stored.quarantined = [name.decode() for name in kinds["quarantine"]]
-    for rotation_id in client.zrange("kms:{ctl}:rotations", 0, -1):
-        stored.rotations.append(json.loads(client.hget(f"kms:{{ctl}}:rotation:{rotation_id.decode()}", "record")))
-    stored.active = int(client.hget("kms:{ctl}:keks", "active"))
+    ask: Callable[..., Any] = client.execute_command
+    for rotation_id in ask("ZRANGE", "kms:{ctl}:rotations", 0, -1):
+        name = f"kms:{{ctl}}:rotation:{rotation_id.decode()}"
+        stored.rotations.append(json.loads(ask("HGET", name, "record")))
+    stored.active = int(ask("HGET", "kms:{ctl}:keks", "active"))
     return stored
 
 
@@ -158,9 +161,7 @@ def check_store(history: History, stored: Stored) -> list[Violation]:
     return found
 
 
-def _keys(
-    history: History, stored: Stored, deks: Mapping[str, AESGCM | None]
-) -> Iterator[Violation]:
+def _keys(history: History, stored: Stored, deks: Mapping[str, AESGCM | None]) -> Iterator[Violation]:
     for key_id, answer in history.acknowledged().items():
         record = stored.records.get(key_id)
         if record is None:
@@ -170,15 +171,13 @@ def _keys(
         if kept != (answer.thread_id, answer.version):
             yield Violation(
                 "acknowledged keys exist",
-                f"{key_id} was {answer.thread_id} version {answer.version}, and is {kept[0]} version {kept[1]}",
+                f"{key_id} was {answer.thread_id} version {answer.version}, and is {kept}",
             )
         if record["state"] != b"destroyed" and deks.get(key_id) is None:
             yield Violation("acknowledged keys exist", f"the blob of {key_id} does not unwrap")
 
 
-def _ciphertexts(
-    history: History, stored: Stored, deks: Mapping[str, AESGCM | None]
-) -> Iterator[Violation]:
+def _ciphertexts(history: History, stored: Stored, deks: Mapping[str, AESGCM | None]) -> Iterator[Violation]:
     for each in history.sealed():
         record = stored.records.get(each.key_id)
         if record is not None and record["state"] == b"destroyed":
@@ -273,33 +272,38 @@ def _rotations(stored: Stored) -> Iterator[Violation]:
 
 
 def _snapshots(stored: Stored) -> Iterator[Violation]:
-    promise = "snapshots verify"
-    copied: dict[str, set[str]] = defaultdict(set)
     for (rotation_id, tag), snapshot in sorted(stored.snapshots.items()):
         entries = sum(len(bucket) for bucket in snapshot.buckets)
         digest = hashlib.sha256(b"".join(map(_digest, snapshot.buckets))).hexdigest()
         if snapshot.manifest.split()[1:] != [str(entries), digest]:
             yield Violation(
-                promise,
+                _SNAPSHOTS,
                 f"slot {tag} of {rotation_id} holds {entries} copies, its manifest {snapshot.manifest[:20]!r}",
             )
+    copies: dict[str, dict[str, bytes]] = defaultdict(dict)
+    for (rotation_id, _), snapshot in stored.snapshots.items():
         for bucket in snapshot.buckets:
-            copied[rotation_id] |= bucket.keys()
-            for key_id, blob in bucket.items():
-                record = stored.records.get(key_id)
-                if record is None:
-                    yield Violation(promise, f"{rotation_id} holds {key_id}, which has no record")
-                elif record["state"] != b"destroyed":
-                    thread_id = record["thread_id"].decode()
-                    dek = stored.unwrap(blob, key_id, thread_id)
-                    if dek is None or dek != stored.unwrap(record["wrapped"], key_id, thread_id):
-                        yield Violation(promise, f"the copy of {key_id} in {rotation_id} is another DEK")
+            copies[rotation_id] |= bucket
+    for rotation_id, held in copies.items():
+        for key_id in held.keys() - stored.records.keys():
+            yield Violation(_SNAPSHOTS, f"{rotation_id} holds {key_id}, which has no record")
+    for key_id, record in stored.records.items():
+        if record["state"] != b"destroyed":
+            yield from _copies_of(stored, copies, key_id)
+
+
+def _copies_of(stored: Stored, copies: Mapping[str, Mapping[str, bytes]], key_id: str) -> Iterator[Violation]:
+    record = stored.records[key_id]
+    thread_id = record["thread_id"].decode()
+    dek = stored.unwrap(record.get("wrapped", b""), key_id, thread_id)
     for rotation in stored.rotations:
-        for key_id, record in stored.records.items():
-            # Whole seconds, so strictly less; a record made while the rotation runs may be under its target.
-            older = int(record["created_at"]) < rotation["started_at"] and record["state"] != b"destroyed"
-            if older and key_id not in copied[rotation["rotation_id"]]:
-                yield Violation(promise, f"{rotation['rotation_id']} lacks a copy of {key_id}")
+        rotation_id = rotation["rotation_id"]
+        copy = copies[rotation_id].get(key_id)
+        if copy is not None and (dek is None or stored.unwrap(copy, key_id, thread_id) != dek):
+            yield Violation(_SNAPSHOTS, f"the copy of {key_id} in {rotation_id} is another DEK")
+        # Whole seconds, so strictly less; a record made while the rotation runs may be under its target.
+        if copy is None and int(record["created_at"]) < rotation["started_at"]:
+            yield Violation(_SNAPSHOTS, f"{rotation_id} lacks a copy of {key_id}")
 
 
 def _digest(bucket: Mapping[str, bytes]) -> bytes:

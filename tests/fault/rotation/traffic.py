@@ -127,9 +127,7 @@ class Recorder:
     def decrypt(self, sealed: Sealed) -> Operation:
         """Decrypt a ciphertext."""
         return self.perform(
-            _asked(
-                Kind.DECRYPT, key_id=sealed.key_id, ciphertext=sealed.ciphertext, expected=sealed.message
-            ),
+            _asked(Kind.DECRYPT, key_id=sealed.key_id, ciphertext=sealed.ciphertext, expected=sealed.message),
             lambda client: client.try_decrypt(sealed.key_id, sealed.ciphertext),
             lambda body: {"message": unb64(body["plaintext"])},
         )
@@ -205,7 +203,7 @@ def _client(instance: Instance, name: str) -> Client:
     return Client(tls_connect("localhost", instance.port, context), f"localhost:{instance.port}")
 
 
-def _asked(kind: Kind, **known: Any) -> Operation:  # noqa: ANN401 - the fields of an operation
+def _asked(kind: Kind, **known: Any) -> Operation:
     return Operation(kind, 0.0, 0.0, Outcome.MAYBE, **known)
 
 
@@ -229,7 +227,7 @@ class Traffic:
         self._history = history
         self._sealed = list(sealed)
         self._hasten = hasten
-        self._switched = [each for each in self._sealed[:TASKS]]
+        self._switched = list(self._sealed[:TASKS])
         self._end = threading.Event()
         self._pool = ThreadPoolExecutor(TASKS)
         self._work: list[Future[None]] = [
@@ -294,10 +292,8 @@ class _Task:
             return self._create(self._thread(), secrets.token_hex(8) if dice < 0.12 else "", Kind.CREATE)
         if dice < 0.28:
             return self._create(self._thread(), secrets.token_hex(8) if dice < 0.27 else "", Kind.ROTATE_DEK)
-        if dice < 0.33:
-            return self._switch()
         if dice < 0.34:
-            return self._doom()
+            return self._switch() if dice < 0.33 else self._doom()
         choices = self._switched if random.random() < 0.2 else self._sealed
         chosen = random.choice(choices)
         if dice < 0.67:
