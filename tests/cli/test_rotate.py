@@ -83,7 +83,7 @@ def test_kek_status_and_rotations(kms: Command, rotated: Dev) -> None:
     assert kms("rotations", "show", rotation["rotation_id"], *where, "--json").json == rotation
     missing = kms("rotations", "show", "r_9_00000000", *where)
     assert missing.code == 1
-    assert "no rotation has this id" in missing.err
+    assert "No rotation has this id (rotation_not_found)" in missing.err
 
 
 def test_escrow_gives_the_kek_file_back(kms: Command, rotated: Dev, tmp_path: Path) -> None:

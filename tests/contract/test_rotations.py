@@ -42,6 +42,6 @@ def test_who_may_see_rotations(stranger: Client, rotation_id: str) -> None:
 
 def test_unknown_rotations_and_parameters(server: Client) -> None:
     """An unknown id is 404; a bad limit or parameter is 400."""
-    assert_problem(server.get("/v1/rotations/r_9_00000000"), 404, "route_not_found")
+    assert_problem(server.get("/v1/rotations/r_9_00000000"), 404, "rotation_not_found")
     for query in ({"limit": "0"}, {"limit": "1001"}, {"cursor": "x"}):
         assert_problem(server.get("/v1/rotations", query), 400, "invalid_parameter")

@@ -24,6 +24,7 @@ STATUS: Final[dict[str, int]] = {
     "permission_denied": 403,
     "certificate_expired": 403,
     "key_not_found": 404,
+    "rotation_not_found": 404,
     "route_not_found": 404,
     "method_not_allowed": 405,
     "not_acceptable": 406,

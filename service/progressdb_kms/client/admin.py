@@ -155,7 +155,7 @@ class AdminClient:
         """Return a rotation of the KEK.
 
         Raises:
-            RouteNotFound: There is none of this name.
+            RotationNotFound: There is none of this name.
         """
         return self._send(Call("GET", f"/v1/rotations/{quote(rotation_id, safe='')}", RotationInfo))
 

@@ -7,7 +7,8 @@ The tree, by whose fault it is::
     |   |-- MalformedBody, DuplicateField, InvalidField, InvalidThreadId, MalformedCiphertext,
     |   |   InvalidParameter, InvalidHeader, KekNotAccepted
     |   |-- PermissionDenied, CertificateExpired
-    |   |-- KeyNotFound, RouteNotFound, MethodNotAllowed, NotAcceptable, RequestTimeout
+    |   |-- KeyNotFound, RotationNotFound, RouteNotFound, MethodNotAllowed, NotAcceptable,
+    |   |   RequestTimeout
     |   |-- StateConflict
     |   |   `-- KeyDisabled, KeyDecryptOnly, KeyPendingDestruction, KeyDestroyed, KeyExhausted,
     |   |       InvalidTransition
@@ -132,6 +133,11 @@ class CertificateExpired(RequestError):
 class KeyNotFound(RequestError):
     code = "key_not_found"
     title = "No key has this id"
+
+
+class RotationNotFound(RequestError):
+    code = "rotation_not_found"
+    title = "No rotation has this id"
 
 
 class RouteNotFound(RequestError):

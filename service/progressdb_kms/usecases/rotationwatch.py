@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from progressdb_kms.domain.errors import KmsError, RouteNotFound
+from progressdb_kms.domain.errors import KmsError, RotationNotFound
 from progressdb_kms.domain.policy import Permission
 from progressdb_kms.domain.rotation import Outcome, Rotation
 
@@ -45,13 +45,13 @@ async def get_rotation(ledger: RotationLedger, session: Session, rotation_id: st
 
     Raises:
         PermissionDenied: As ``list_rotations``.
-        RouteNotFound: There is none of this name.
+        RotationNotFound: There is none of this name.
         StoreUnavailable: Not now.
     """
     _require(session)
     rotation = await ledger.get(rotation_id)
     if rotation is None:
-        raise RouteNotFound("no rotation has this id")
+        raise RotationNotFound
     return rotation
 
 

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from progressdb_kms.domain.errors import PermissionDenied, RouteNotFound, StoreUnavailable
+from progressdb_kms.domain.errors import PermissionDenied, RotationNotFound, StoreUnavailable
 from progressdb_kms.domain.rotation import Outcome, Rotation, Step
 from progressdb_kms.observability.metrics import ROTATION, Metrics
 from progressdb_kms.usecases.rotationwatch import RotationWatch, get_rotation, list_rotations
@@ -39,7 +39,7 @@ async def test_who_may_ask(world: World) -> None:
             await list_rotations(ledger, world.session(name), 10)
         with pytest.raises(PermissionDenied):
             await get_rotation(ledger, world.session(name), "r_2_a")
-    with pytest.raises(RouteNotFound):
+    with pytest.raises(RotationNotFound):
         await get_rotation(ledger, world.session("server"), "r_9_x")
 
 
