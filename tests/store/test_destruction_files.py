@@ -36,7 +36,7 @@ async def test_replicas_rewrite_theirs_too(own_server: Callable[..., Server], op
     """The blob leaves the files of the primary and of its replica."""
     primary = own_server(port=free_port(), rdbcompression="no")
     replica = own_server(port=free_port(), rdbcompression="no", replicaof=f"127.0.0.1 {primary.port}")
-    store = await opened(primary.url, min_replicas=1)  # type: ignore[misc,operator] # the fixture's own
+    store = await opened(primary.url, min_replicas=1)  # type: ignore[misc] # the fixture's own
     end = time.monotonic() + 20
     while b"state=online" not in primary.ask("INFO", "replication"):
         assert time.monotonic() < end
@@ -55,7 +55,7 @@ async def test_forbidden_rewrite_stays_owed(own_server: Callable[..., Server], o
     """A server that forbids it is named, and it is tried again later."""
     server = own_server(rdbcompression="no")
     server.ask("ACL", "SETUSER", "default", "-bgrewriteaof")
-    store = await opened(server.url)  # type: ignore[misc,operator] # the fixture's own
+    store = await opened(server.url)  # type: ignore[misc] # the fixture's own
     blob = await _destroy(store)
     (reason,) = await store.destruction.rewrite_files()
     assert "BGREWRITEAOF is forbidden here" in reason

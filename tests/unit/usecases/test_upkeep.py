@@ -12,6 +12,7 @@ from progressdb_kms.domain.keys import StateChange
 from progressdb_kms.ports import Changes
 from progressdb_kms.usecases import upkeep
 from progressdb_kms.usecases.upkeep import Upkeep
+from progressdb_kms.usecases.vault import Vault
 from tests.unit.helpers import World
 
 PATIENCE = 5.0
@@ -23,6 +24,24 @@ async def until(true: Callable[[], object]) -> None:
     async with asyncio.timeout(PATIENCE):
         while not true():  # noqa: ASYNC110 - what is waited for has no event of its own
             await asyncio.sleep(0.002)
+
+
+def _vault(world: World) -> Vault:
+    """What the world's service destroys keys with."""
+    store = world.store
+    return Vault(
+        keys=store.keys,
+        backups=store.backups,
+        destruction=store.destruction,
+        ledger=store.rotation_ledger,
+        slots=store.rotation_slots,
+        registry=store.registry,
+        source=world.source,
+        audit=world.trail,
+        owner="me",
+        release="1.2.3",
+        now=world.now,
+    )
 
 
 @pytest.fixture
@@ -37,6 +56,7 @@ async def running(world: World, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
         heartbeats=world.store.heartbeats,
         release="1.2.3",
         instance="me",
+        vault=_vault(world),
     )
     work.start()
     await until(lambda: world.store.calls["changes"] > 2)
