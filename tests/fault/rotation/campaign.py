@@ -13,7 +13,7 @@ from pathlib import Path
 
 import redis
 
-from progressdb_kms.domain.rotation import ORDER, Step
+from progressdb_kms.domain.rotation import ORDER, Outcome, Step
 from tests.fault.power import PoweredServer
 from tests.fault.rotation.history import History, Violation, check_history
 from tests.fault.rotation.stored import Stored, check_store, read_store
@@ -217,8 +217,9 @@ class Campaign:
             ended = False
             while not ended:
                 ended = job.process.poll() is not None
-                shown = job.lines("result") if step == Step.COMPLETE else job.lines("step")
-                if any(line.get("step", step) == step for line in shown):
+                shown = {line["step"] for line in job.lines("step")}
+                shown |= {Step.COMPLETE for line in job.lines("result") if line["outcome"] == Outcome.CLEAN}
+                if step in shown:
                     time.sleep(random.uniform(0.0, 0.2))
                     return
                 time.sleep(0.05)
