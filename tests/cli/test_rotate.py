@@ -107,6 +107,13 @@ def test_escrow_gives_the_kek_file_back(kms: Command, rotated: Dev, tmp_path: Pa
     assert again.code == 1
     assert "never overwritten" in again.err
     assert not [key.hex() for key in read_keys(out).values() if key.hex() in done.out + done.err]
+    export = tmp_path / "export"
+    assert kms("backup", "create", "--config", config, "--out", export).code == 0
+    from_export = tmp_path / "third.yaml"
+    words_of_export = ("--export", export, "--recovery-key", recovery, "--out", from_export)
+    assert kms("kek", "escrow", "recover", *words_of_export).code == 0
+    assert read_keys(from_export) == read_keys(kek_file)
+    assert kms("kek", "escrow", "recover", "--config", config, *words_of_export).code == 2
     as_json = kms(*words[:-1], tmp_path / "second.yaml", "--json").json
     assert as_json == {"file": str(tmp_path / "second.yaml"), "versions": [1, 2], "missing": []}
 

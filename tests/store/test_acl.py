@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from progressdb_kms.domain.errors import KmsError
 from progressdb_kms.domain.keys import DekRecord, KeyState, StateChange
 from progressdb_kms.ports import Heartbeat
+from progressdb_kms.store import redis as store_package
 from tests.store.conftest import new_dek, new_kek
 from tests.store.servers import Server
 
@@ -57,6 +59,20 @@ async def use_everything(store: Any) -> None:
     assert len(await store.heartbeats.live()) == 1
     await store.heartbeats.beat(Heartbeat("j", 2e9, 2e9, "r", (1,), 1, ""))
     await store.heartbeats.leave("j")
+
+
+def test_no_command_is_forgotten() -> None:
+    """What scripts and adapters send stands in one of the page's lines."""
+    lines = [line for line in PAGE.read_text().splitlines() if line.startswith("SETUSER kms ")]
+    allowed = {word[1:].partition("|")[0] for line in lines for word in line.split() if word.startswith("+")}
+    source = Path(store_package.__file__).parent
+    sent = set()
+    for script in (source / "lua").glob("*.lua"):
+        sent |= set(re.findall(r"redis\.p?call\('(\w+)'", script.read_text()))
+    for module in source.glob("*.py"):
+        sent |= set(re.findall(r"""\("([A-Z]{3,})[ "]""", module.read_text()))
+    assert len(sent) > 30
+    assert {command.lower() for command in sent} - allowed - {"sentinel"} == set()
 
 
 async def works(store: Any) -> bool:

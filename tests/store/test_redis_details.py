@@ -226,7 +226,7 @@ class TestNotices:
             store.keys._notices.put = put  # type: ignore[method-assign]
             await asyncio.sleep(2.1)
 
-        store.keys._notices.put = slow  # type: ignore[method-assign]
+        store.keys._notices.put = slow  # type: ignore[method-assign, assignment]
         changed = await store.keys.change_state(record.key_id, StateChange.DISABLE, now=1)
         assert changed.state is KeyState.DISABLED
         assert (await store.keys.changes(start.cursor, 0)).key_ids == {record.key_id}

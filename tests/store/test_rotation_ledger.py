@@ -7,10 +7,17 @@ from dataclasses import replace
 
 import pytest
 
-from progressdb_kms.domain.errors import Fenced, KekMismatch, RegistryLost, RotationRefused, RotationRunning
+from progressdb_kms.domain.errors import (
+    Fenced,
+    InstancesMissing,
+    KekMismatch,
+    RegistryLost,
+    RotationRefused,
+    RotationRunning,
+)
 from progressdb_kms.domain.keyring import KekState
 from progressdb_kms.domain.rotation import Rotation, Step
-from progressdb_kms.ports import Claim, Lock
+from progressdb_kms.ports import Claim, Heartbeat, Lock
 from tests.store.conftest import Harness, new_kek
 
 SNAPSHOT = Step.SNAPSHOT
@@ -229,6 +236,26 @@ class TestRegistry:
         assert await registry.activate(2, now=60, lock=lock) == view == await registry.load()
         back = await registry.activate(1, now=70, lock=lock)
         assert (back.active, back.keks[2].state) == (1, KekState.DECRYPT_ONLY)
+
+    async def test_activate_before_all_have_loaded_it(self, harness: Harness) -> None:
+        """A live instance without the version stops it, in one step with it; a silent one does not."""
+        registry, ledger = harness.store.registry, harness.store.rotation_ledger
+        await registry.initialise(new_kek(1))
+        await registry.stage(new_kek(2))
+        lock = await ledger.acquire("leader", LONG)
+        beats = harness.store.heartbeats
+        await beats.beat(Heartbeat("ready", 100.5, 1.0, "r", (1, 2), 1, ""))
+        await beats.beat(Heartbeat("silent", 84.5, 1.0, "r", (1,), 1, ""))
+        await beats.beat(Heartbeat("late", 99.25, 1.0, "r", (1,), 1, ""))
+        with pytest.raises(InstancesMissing, match="version 2 is not loaded by: late;"):
+            await registry.activate(2, now=100, lock=lock, live_since=85.0)
+        view = await registry.load()
+        assert view is not None
+        assert view.active == 1
+        await beats.beat(Heartbeat("late", 100.75, 1.0, "r", (1, 2), 1, ""))
+        assert (await registry.activate(2, now=101, lock=lock, live_since=86.0)).active == 2
+        await beats.beat(Heartbeat("late", 102.0, 1.0, "r", (1,), 1, ""))
+        assert (await registry.activate(2, now=103, lock=lock, live_since=88.0)).active == 2
 
     async def test_activate_under_a_lost_lock(self, harness: Harness) -> None:
         """A run whose lock was taken over can't activate, nor is it told that it has."""

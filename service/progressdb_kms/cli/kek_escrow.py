@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import cast
 
 import click
 
 from progressdb_kms import bootstrap
+from progressdb_kms.cli.exportfiles import chunks_of
 from progressdb_kms.cli.output import json_option, print_json, print_table
 from progressdb_kms.domain.errors import KekFileInvalid
 from progressdb_kms.kek.atomic import write_once
@@ -76,7 +78,16 @@ def list_escrow(config: Path, *, as_json: bool) -> None:
 
 
 @escrow.command()
-@_config
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The service's configuration file; only its store is used.",
+)
+@click.option(
+    "--export",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="An export, where the store is gone.",
+)
 @click.option(
     "--recovery-key",
     required=True,
@@ -87,10 +98,17 @@ def list_escrow(config: Path, *, as_json: bool) -> None:
     "--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="The KEK file to make."
 )
 @json_option
-def recover(config: Path, recovery_key: Path, out: Path, *, as_json: bool) -> None:
+def recover(
+    config: Path | None, export: Path | None, recovery_key: Path, out: Path, *, as_json: bool
+) -> None:
     """Make a KEK file of all versions that are sealed to a recovery key. Never overwrites."""
+    if (config is None) == (export is None):
+        raise click.UsageError("give either --config, for the store, or --export")
     private = load_recovery_key(recovery_key)
-    kept, view = asyncio.run(bootstrap.read_escrow(load_settings(config)))
+    if config is not None:
+        kept, view = asyncio.run(bootstrap.read_escrow(load_settings(config)))
+    else:
+        kept, view = bootstrap.exported_escrow(lambda: chunks_of(cast("Path", export)))
     keys = open_escrow(kept, view, private)
     try:
         write_once(out, render_keys(keys), 0o600)

@@ -161,6 +161,7 @@ class RotationInfo:
 
 
 @dataclass(frozen=True, slots=True)
+<<<<<<< HEAD
 class RotationInfos:
     """The latest rotations, newest first."""
 
@@ -168,6 +169,8 @@ class RotationInfos:
 
 
 @dataclass(frozen=True, slots=True)
+=======
+>>>>>>> next
 class SnapshotInfo:
     """A rotation's snapshot in the store. Times are RFC 3339 strings.
 
@@ -187,6 +190,16 @@ class SnapshotInfo:
 
 
 @dataclass(frozen=True, slots=True)
+<<<<<<< HEAD
+=======
+class RotationInfos:
+    """The latest rotations, newest first."""
+
+    rotations: list[RotationInfo]
+
+
+@dataclass(frozen=True, slots=True)
+>>>>>>> next
 class ExportInfo:
     """A file that was exported. Times are RFC 3339 strings.
 

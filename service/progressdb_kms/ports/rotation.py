@@ -1,7 +1,8 @@
 """Ports of rotations, backups and destruction.
 
-Fencing: every claim of a slot comes with a token out of one counter. The slot remembers the highest that it has
-seen, and a script with a lower one is refused (``Fenced``): a worker that lost its claim can't write any more.
+Fencing: every claim of a slot comes with a token out of one counter. The slot remembers the highest that it
+has seen, and a script with a lower one is refused (``Fenced``): a worker that lost its claim can't write any
+more.
 """
 
 from __future__ import annotations
@@ -103,7 +104,10 @@ class Quarantined:
 
 
 class RotationLedger(Protocol):
-    """The lock, the persisted rotation, and the sharing of its work. Raises StoreUnavailable, StoreNotDurable."""
+    """The lock, the persisted rotation, and the sharing of its work.
+
+    Raises StoreUnavailable and StoreNotDurable.
+    """
 
     async def acquire(self, owner: str, lease: float) -> Lock:
         """Take the lock, with a new token.
@@ -150,7 +154,7 @@ class RotationLedger(Protocol):
         """
 
     async def claim(self, rotation_id: str, step: Step, worker: str, count: int, lease: float) -> list[Claim]:
-        """Claim up to ``count`` slots that nobody works on, or whose worker's lease ran out, with new tokens."""
+        """Claim up to ``count`` slots that are free, or whose lease ran out, with new tokens."""
 
     async def extend(self, rotation_id: str, step: Step, claims: Sequence[Claim], lease: float) -> None:
         """Go on holding claims; one that another has taken is left to it."""
@@ -167,7 +171,10 @@ class RotationLedger(Protocol):
 
 
 class RotationStore(Protocol):
-    """What a worker does to one slot. Raises StoreUnavailable, StoreNotDurable; ``Fenced`` where a claim is given."""
+    """What a worker does to one slot.
+
+    Raises StoreUnavailable and StoreNotDurable, and ``Fenced`` where a claim is given.
+    """
 
     async def take(self, claims: Sequence[Claim]) -> None:
         """Raise the slots' fences to the claims' tokens; has to come before all else.
@@ -183,10 +190,10 @@ class RotationStore(Protocol):
         """Return the number of records in the slot under a KEK version."""
 
     async def page(self, tag: str, version: int, cursor: int, count: int, *, backup: str = "") -> SlotPage:
-        """Return some records under a KEK version, with their copies in snapshot ``backup`` if one is named."""
+        """Return some records under a KEK version, with their copies in snapshot ``backup`` if named."""
 
     async def begin_snapshot(self, claim: Claim, rotation_id: str, records: int) -> Manifest:
-        """Make the manifest of a slot's snapshot, fit for ``records``; an existing one is returned as it is."""
+        """Make the manifest of a slot's snapshot, fit for ``records``; an existing one is kept."""
 
     async def snapshot(self, claim: Claim, rotation_id: str, version: int, cursor: int, count: int) -> int:
         """Copy some records under a KEK version into the snapshot, never over an existing copy.
@@ -231,7 +238,7 @@ class KekStager(Protocol):
         """Make sure that ``version`` is at the source and loaded here; only ever adds, adopts what is there.
 
         Raises:
-            RotationRefused: The source is not ours to write, and lacks the version; the detail says what to do.
+            RotationRefused: The source is not ours to write and lacks the version; says what to do.
             KekFileInvalid: The source can't be read.
         """
 

@@ -159,16 +159,26 @@ class KekRegistry(Protocol):
         """
 
     async def stage(self, kek: KekInfo) -> RegistryView:
-        """Register a version as staged; one that is registered already with this check value is left as it is.
+        """Register a version as staged; one that is registered with this check value is left as it is.
 
         Raises:
             KekMismatch: The version is registered with another check value.
         """
 
-    async def activate(self, version: int, *, now: int, lock: Lock) -> RegistryView:
+    async def activate(
+        self, version: int, *, now: int, lock: Lock, live_since: float | None = None
+    ) -> RegistryView:
         """Make a staged or decrypt-only version the active one, and the active one decrypt-only; once.
 
+        Args:
+            version: The version.
+            now: Unix seconds.
+            lock: The lead of the rotation.
+            live_since: Refuse, in the same atomic step, if an instance whose heartbeat is no older than this
+                (Unix seconds) has not loaded the version; None to ask for none.
+
         Raises:
+            InstancesMissing: Such instances, by name.
             KekMismatch: The version is not registered, or retired.
             Fenced: The lock has been taken over.
         """

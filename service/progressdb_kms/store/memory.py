@@ -16,7 +16,11 @@ from progressdb_kms.domain.keyring import KekInfo, KekState
 from progressdb_kms.domain.keys import DekRecord, KeyState, NewDek, StateChange, locate, slot_tag
 from progressdb_kms.ports import Changes, Heartbeat, KeyPage, Lock, RegistryView, StoreStatus
 from progressdb_kms.store.cursors import decode_cursor, encode_cursor
+<<<<<<< HEAD
 from progressdb_kms.store.kek_states import RegistryChange, activated, retired, staged
+=======
+from progressdb_kms.store.kek_states import RegistryChange, activated, instances_missing, retired, staged
+>>>>>>> next
 from progressdb_kms.store.memory_backups import MemoryBackups, MemoryDestruction, Shelves
 from progressdb_kms.store.memory_escrow import MemoryEscrowBox
 from progressdb_kms.store.memory_rotation import MemoryLedger, MemorySlots
@@ -34,8 +38,13 @@ _STATUS: Final = StoreStatus(
 class MemoryStore:
     """Implements KeyStore, KekRegistry, Heartbeats and StoreHealth for one process and one event loop.
 
+<<<<<<< HEAD
     ``rotation_ledger``, ``rotation_slots``, ``backups``, ``destruction`` and ``escrow`` implement the ports of
     their names over the same records.
+=======
+    ``rotation_ledger``, ``rotation_slots``, ``escrow``, ``backups`` and ``destruction`` implement the ports
+    of their names over the same records.
+>>>>>>> next
 
     Never raises StoreUnavailable or StoreNotDurable: it is always there, and says in its status that it
     promises nothing beyond the life of the process.
@@ -226,10 +235,21 @@ class MemoryStore:
         """Register a version as staged; see ``KekRegistry.stage``."""
         return self._change(staged(self._registered(), kek))
 
-    async def activate(self, version: int, *, now: int, lock: Lock) -> RegistryView:
+    async def activate(
+        self, version: int, *, now: int, lock: Lock, live_since: float | None = None
+    ) -> RegistryView:
         """Make a version the active one; see ``KekRegistry.activate``."""
-        change = activated(self._registered(), version, now)
+        view = self._registered()
+        change = activated(view, version, now)
         self.rotation_ledger.require(lock)
+        if live_since is not None and view.active != version:
+            missing = [
+                beat.instance
+                for beat in self._heartbeats.values()
+                if beat.at >= live_since and version not in beat.kek_versions
+            ]
+            if missing:
+                raise instances_missing(version, missing)
         return self._change(change)
 
     async def retire(self, version: int, *, now: int) -> RegistryView:  # noqa: ARG002 - the registry keeps no time of it

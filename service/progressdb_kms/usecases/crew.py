@@ -260,5 +260,10 @@ async def _meanwhile(action: Callable[[], Awaitable[None]]) -> AsyncIterator[Non
 
 def by_life(beats: Sequence[Heartbeat], now: float) -> tuple[list[Heartbeat], list[Heartbeat]]:
     """Part heartbeats into those of live instances and those of silent ones."""
-    live = [beat for beat in beats if now - beat.at <= LIVE]
-    return live, [beat for beat in beats if now - beat.at > LIVE]
+    since = live_since(now)
+    return [beat for beat in beats if beat.at >= since], [beat for beat in beats if beat.at < since]
+
+
+def live_since(now: float) -> float:
+    """Return the time, in Unix seconds, from which a heartbeat says that its instance is live."""
+    return now - LIVE

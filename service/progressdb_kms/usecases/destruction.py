@@ -53,8 +53,7 @@ async def sweep(vault: Vault) -> Swept | None:
     """Destroy what is due; one instance at a time.
 
     May be killed anywhere and run again: a key stays due until it is destroyed, and the rewrite of the files
-        stays
-    owed until it is done.
+    stays owed until it is done.
 
     Returns:
         What was done; None where another instance is at it.

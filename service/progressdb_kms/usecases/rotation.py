@@ -16,7 +16,16 @@ from progressdb_kms.domain.errors import InstancesMissing, RotationRefused
 from progressdb_kms.domain.keyring import KekInfo, KekState, kek_id_of
 from progressdb_kms.domain.keys import ALL_TAGS
 from progressdb_kms.domain.rotation import SHARED, Rotation, Step, advance
-from progressdb_kms.usecases.crew import IDLE, Conduct, Crew, Interrupted, Parts, Progress, by_life
+from progressdb_kms.usecases.crew import (
+    IDLE,
+    Conduct,
+    Crew,
+    Interrupted,
+    Parts,
+    Progress,
+    by_life,
+    live_since,
+)
 from progressdb_kms.usecases.slotwork import SlotWork
 
 if TYPE_CHECKING:
@@ -166,9 +175,7 @@ class Rotator(Crew):
             await self._distribute(rotation)
         elif rotation.step is Step.ACTIVATE:
             await self._note("kek.activate", "intent", rotation)
-            await self._patiently(
-                lambda: parts.registry.activate(rotation.target_version, now=int(parts.now()), lock=lock)
-            )
+            await self._activate(rotation.target_version, lock)
             await self._note("kek.activate", "ok", rotation)
             await self._patiently(parts.keks.refresh)
             parts.reached("activated")
@@ -183,6 +190,22 @@ class Rotator(Crew):
         await self._note("rotation.finish" if advanced.finished_at else "rotation.step", "ok", advanced)
         parts.reached(f"{advanced.step}:saved")
         return await parts.ledger.get(rotation.rotation_id) or advanced
+
+    async def _activate(self, version: int, lock: Lock) -> None:
+        parts = self._parts
+        while True:
+            # Again, for this run may resume long after the instances were waited for.
+            if parts.keks.active != version:
+                await self._await_instances(version)
+            try:
+                await self._patiently(
+                    lambda: parts.registry.activate(
+                        version, now=int(parts.now()), lock=lock, live_since=live_since(parts.now())
+                    )
+                )
+            except InstancesMissing:
+                continue  # one has come up since it was looked; the wait above has its bound
+            return
 
     async def _distribute(self, rotation: Rotation) -> None:
         parts = self._parts

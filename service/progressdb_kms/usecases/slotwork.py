@@ -160,7 +160,7 @@ class SlotWork:
         if version != rotation.target_version:
             await self._keks.refresh()
             raise RotationRefused(
-                f"KEK version {version} is active and not {rotation.target_version}, which this rotation brings"
+                f"KEK version {version} is active, not {rotation.target_version}, which this rotation brings"
             )
         # A new blob is trusted only once it has been opened: what is written replaces the only other one.
         bodies = [parse_blob(blob).body for blob in blobs]
@@ -210,6 +210,9 @@ class SlotWork:
             cursor = page.cursor
             if not cursor or (share and counts["verified"] >= share):
                 break
+        # What was read could still be taken back by a power cut where reads see what is not durable yet. This
+        # write comes after it in the store's log, and so does its confirmation.
+        await self._slots.take([claim])
         if bad:
             await self._slots.quarantine(claim, rotation.rotation_id, list(bad.values()))
             counts["quarantined"] = len(bad)

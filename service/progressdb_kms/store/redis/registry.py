@@ -9,13 +9,14 @@ from dataclasses import replace
 from progressdb_kms.domain.errors import Fenced, RegistryLost
 from progressdb_kms.domain.keyring import KekInfo, KekState
 from progressdb_kms.ports import Lock, RegistryView
-from progressdb_kms.store.kek_states import RegistryChange, activated, retired, staged
+from progressdb_kms.store.kek_states import RegistryChange, activated, instances_missing, retired, staged
 from progressdb_kms.store.redis import scripts
 from progressdb_kms.store.redis.link import Reply
 from progressdb_kms.store.redis.listing import any_record
 from progressdb_kms.store.redis.router import Call, Router, script_call
 from progressdb_kms.store.redis.schema import (
     CONTROL,
+    INSTANCES_KEY,
     KEKS_KEY,
     LOCK_KEY,
     SCHEMA_KEY,
@@ -78,16 +79,22 @@ class RedisRegistry:
         """Register a version as staged; see ``KekRegistry.stage``."""
         return await self._change(lambda view: staged(view, kek))
 
-    async def activate(self, version: int, *, now: int, lock: Lock) -> RegistryView:
+    async def activate(
+        self, version: int, *, now: int, lock: Lock, live_since: float | None = None
+    ) -> RegistryView:
         """Make a version the active one; see ``KekRegistry.activate``."""
-        return await self._change(lambda view: activated(view, version, now), str(lock.token))
+        return await self._change(
+            lambda view: activated(view, version, now),
+            str(lock.token),
+            "" if live_since is None else repr(live_since),
+        )
 
     async def retire(self, version: int, *, now: int) -> RegistryView:  # noqa: ARG002 - the registry keeps no time of it
         """Mark a decrypt-only version as retired; see ``KekRegistry.retire``."""
         return await self._change(lambda view: retired(view, version))
 
     async def _change(
-        self, decide: Callable[[RegistryView], RegistryChange], token: str = ""
+        self, decide: Callable[[RegistryView], RegistryChange], token: str = "", live_since: str = ""
     ) -> RegistryView:
         """Decide on what is there, and write if nobody changed it in between."""
         while True:
@@ -103,15 +110,19 @@ class RedisRegistry:
                 script_call(
                     CONTROL,
                     scripts.CHANGE_REGISTRY,
-                    (KEKS_KEY, LOCK_KEY),
+                    (KEKS_KEY, LOCK_KEY, INSTANCES_KEY),
                     view.revision,
                     token,
                     change.active,
+                    # What is active already has been checked: an instance that came since is not ready.
+                    "" if view.active == change.active else live_since,
                     *pairs,
                 )
             )
             if reply == b"fenced":
                 raise Fenced("another run has taken the lock of rotations")
+            if isinstance(reply, list):
+                raise instances_missing(change.active, [name.decode() for name in reply[1:]])
             if reply == b"ok":
                 return _view(*await self._entries())
 

@@ -1,0 +1,58 @@
+"""A rotation that four processes share, on a Redis Cluster of six nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.rotating import Job, assert_readable, make_keys
+from tests.integration.world import World
+from tests.store.test_cluster import Group
+
+pytestmark = [pytest.mark.slow, pytest.mark.fault]
+
+KEYS = 3000
+LEASE = 2.0
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[Group]:
+    """Give the nodes."""
+    made = Group(tmp_path / "cluster")
+    yield made
+    for node in made.nodes:
+        node.kill()
+
+
+def test_four_processes_share_a_rotation(group: Group, tmp_path: Path) -> None:
+    """A leader and three workers, one of which is killed: all keys are under the new KEK, and readable."""
+    world = World()
+    jobs: list[Job] = []
+    try:
+        instance = world.instance("a", store={"url": group.url, "min_replicas": 1}).start()
+        client = instance.client("operator")
+        sealed = make_keys(client, KEYS)
+        leader = Job(instance, "--max-rate", "4000", lease=LEASE)
+        jobs.append(leader)
+        leader.wait_for("step", step="activate")
+        workers = [Job(instance, "--worker", "--json", lease=LEASE) for _ in range(3)]
+        jobs += workers
+        workers[0].wait_for("progress")
+        workers[0].process.kill()
+        workers[0].process.wait()
+        result = leader.result()
+        assert result["counts"]["rewrapped"] == KEYS
+        assert result["counts"]["verified"] == KEYS
+        for worker in workers[1:]:
+            assert worker.exit_code() == 0, worker.text
+        keks = client.get("/v1/keks").ok()
+        assert [(kek["version"], kek["deks"]) for kek in keks["keks"]] == [("1", 0), ("2", KEYS)]
+        assert_readable(client, sealed)
+        instance.stop()
+    finally:
+        for job in jobs:
+            job.process.kill()
+            job.process.wait()
+        world.close()
