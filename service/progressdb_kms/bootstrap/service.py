@@ -41,19 +41,10 @@ from progressdb_kms.usecases.session import PolicyBook, Session
 from progressdb_kms.usecases.upkeep import Upkeep
 
 if TYPE_CHECKING:
-<<<<<<< HEAD:service/progressdb_kms/bootstrap.py
-    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-    from pathlib import Path
-
-    from progressdb_kms.domain.identity import Identity
-    from progressdb_kms.ports import AuditLog, KekSource, KekStager, RegistryView
-    from progressdb_kms.ports.escrow import SealedKek
-=======
     from collections.abc import Callable
     from pathlib import Path
 
     from progressdb_kms.domain.identity import Identity
->>>>>>> next:service/progressdb_kms/bootstrap/service.py
 
 log = structlog.get_logger(__name__)
 

@@ -161,16 +161,6 @@ class RotationInfo:
 
 
 @dataclass(frozen=True, slots=True)
-<<<<<<< HEAD
-class RotationInfos:
-    """The latest rotations, newest first."""
-
-    rotations: list[RotationInfo]
-
-
-@dataclass(frozen=True, slots=True)
-=======
->>>>>>> next
 class SnapshotInfo:
     """A rotation's snapshot in the store. Times are RFC 3339 strings.
 
@@ -190,8 +180,6 @@ class SnapshotInfo:
 
 
 @dataclass(frozen=True, slots=True)
-<<<<<<< HEAD
-=======
 class RotationInfos:
     """The latest rotations, newest first."""
 
@@ -199,7 +187,6 @@ class RotationInfos:
 
 
 @dataclass(frozen=True, slots=True)
->>>>>>> next
 class ExportInfo:
     """A file that was exported. Times are RFC 3339 strings.
 

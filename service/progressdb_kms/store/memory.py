@@ -16,11 +16,7 @@ from progressdb_kms.domain.keyring import KekInfo, KekState
 from progressdb_kms.domain.keys import DekRecord, KeyState, NewDek, StateChange, locate, slot_tag
 from progressdb_kms.ports import Changes, Heartbeat, KeyPage, Lock, RegistryView, StoreStatus
 from progressdb_kms.store.cursors import decode_cursor, encode_cursor
-<<<<<<< HEAD
-from progressdb_kms.store.kek_states import RegistryChange, activated, retired, staged
-=======
 from progressdb_kms.store.kek_states import RegistryChange, activated, instances_missing, retired, staged
->>>>>>> next
 from progressdb_kms.store.memory_backups import MemoryBackups, MemoryDestruction, Shelves
 from progressdb_kms.store.memory_escrow import MemoryEscrowBox
 from progressdb_kms.store.memory_rotation import MemoryLedger, MemorySlots
@@ -38,13 +34,8 @@ _STATUS: Final = StoreStatus(
 class MemoryStore:
     """Implements KeyStore, KekRegistry, Heartbeats and StoreHealth for one process and one event loop.
 
-<<<<<<< HEAD
-    ``rotation_ledger``, ``rotation_slots``, ``backups``, ``destruction`` and ``escrow`` implement the ports of
-    their names over the same records.
-=======
     ``rotation_ledger``, ``rotation_slots``, ``escrow``, ``backups`` and ``destruction`` implement the ports
     of their names over the same records.
->>>>>>> next
 
     Never raises StoreUnavailable or StoreNotDurable: it is always there, and says in its status that it
     promises nothing beyond the life of the process.

@@ -13,11 +13,7 @@ from pathlib import Path
 
 import redis
 
-<<<<<<< HEAD
 from progressdb_kms.domain.rotation import ORDER, Outcome, Step
-=======
-from progressdb_kms.domain.rotation import ORDER
->>>>>>> next
 from tests.fault.power import PoweredServer
 from tests.fault.rotation.history import History, Violation, check_history
 from tests.fault.rotation.stored import Stored, check_store, read_store
@@ -211,18 +207,13 @@ class Campaign:
         self.world.store.start()
 
     def _moment(self, step: str) -> None:
-<<<<<<< HEAD
         """Return when a job's output shows the step, the last one by its result; or at some time."""
-=======
-        """Return at a step's beginning while a job runs, or at some time."""
->>>>>>> next
         if not step:
             self._running_job()
             time.sleep(random.uniform(0.2, 2.0))
             return
         while True:
             job = self._running_job()
-<<<<<<< HEAD
             ended = False
             while not ended:
                 ended = job.process.poll() is not None
@@ -232,13 +223,6 @@ class Campaign:
                     time.sleep(random.uniform(0.0, 0.2))
                     return
                 time.sleep(0.05)
-=======
-            while job.process.poll() is None:
-                if any(line["step"] == step for line in job.lines("step")):
-                    time.sleep(random.uniform(0.0, 0.2))
-                    return
-                time.sleep(0.02)
->>>>>>> next
 
     # The job.
 

@@ -278,11 +278,7 @@ def _snapshots(stored: Stored) -> Iterator[Violation]:
         if snapshot.manifest.split()[1:] != [str(entries), digest]:
             yield Violation(
                 _SNAPSHOTS,
-<<<<<<< HEAD
                 f"slot {tag} of {rotation_id} holds {entries} copies and says {snapshot.manifest[:20]!r}",
-=======
-                f"slot {tag} of {rotation_id} holds {entries} copies, not {snapshot.manifest[:20]!r}",
->>>>>>> next
             )
     copies: dict[str, dict[str, bytes]] = defaultdict(dict)
     for (rotation_id, _), snapshot in stored.snapshots.items():

@@ -16,11 +16,7 @@ LONG = "FAULT_RUNS" in os.environ
 KILLS = max(int(os.environ.get("FAULT_RUNS", "12")), 12)
 KEYS = 20_000 if LONG else 2_000
 
-<<<<<<< HEAD
-pytestmark = [pytest.mark.fault, pytest.mark.timeout(0 if LONG else 300)]
-=======
 pytestmark = [pytest.mark.fault, pytest.mark.campaign, pytest.mark.timeout(0 if LONG else 300)]
->>>>>>> next
 
 
 @pytest.fixture
