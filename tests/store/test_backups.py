@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from progressdb_kms.domain.errors import BackupInvalid, RotationRefused, RotationRunning
+from progressdb_kms.domain.backup import Destruction
+from progressdb_kms.domain.errors import BackupInvalid, RotationRefused, RotationRunning, StoreUnavailable
 from progressdb_kms.domain.keyring import KekState
 from progressdb_kms.domain.keys import ALL_TAGS, KeyState, StateChange, locate
-from progressdb_kms.ports import Imported
+from progressdb_kms.domain.rotation import Rotation
+from progressdb_kms.ports import Destroyed, Imported
 from progressdb_kms.store.memory import MemoryStore
 from progressdb_kms.usecases import backup, rotation
 from progressdb_kms.usecases.backup import verify_export, verify_snapshot
@@ -181,6 +184,53 @@ async def test_sweep_takes_keys_out_of_snapshots(scene: Scene) -> None:
     assert scene.audit.told("key.destroy") == ["intent", "ok"]
     changes = await scene.store.keys.changes("0/0" if not isinstance(scene.store, MemoryStore) else "0", 0)
     assert victim in changes.key_ids
+
+
+async def test_snapshot_stays_sealed_where_a_sweep_dies(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed right after the store has destroyed a key, a sweep leaves no snapshot without its seal."""
+    await scene.create(*(f"room:{number}" for number in range(40)))
+    made = await scene.rotate()
+    victim = next(iter(scene.deks))
+    await scene.schedule(victim, scene.now - 1)
+    destroy = scene.store.destruction.destroy
+
+    async def die(*args: Any, **options: Any) -> None:
+        await destroy(*args, **options)
+        raise StoreUnavailable("killed")
+
+    monkeypatch.setattr(scene.store.destruction, "destroy", die)
+    with pytest.raises(StoreUnavailable, match="killed"):
+        await sweep(scene.vault)
+    report = await verify_snapshot(scene.vault, made.rotation_id)
+    assert (report.records, report.sound, report.unsealed) == (39, True, [])
+
+
+async def test_key_is_destroyed_only_with_all_snapshots_named(scene: Scene) -> None:
+    """Where a rotation has begun a snapshot meanwhile nothing is done; the sweep looks again and does it."""
+    (record,) = await scene.create("a")
+    await scene.rotate()
+    await scene.schedule(record.key_id, scene.now - 1)
+    destruction = Destruction(record.key_id, scene.now)
+    assert await scene.store.destruction.destroy(destruction) is Destroyed.CHANGED
+    assert await scene.opens(record.key_id)
+    read = scene.store.backups.manifests
+    made: list[Rotation] = []
+
+    async def manifests(tag: str) -> Any:
+        found = await read(tag)
+        if not made:
+            made.append(await scene.rotate())
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scene.store.backups, "manifests", manifests)
+        swept = await sweep(scene.vault)
+    assert swept is not None
+    assert swept.destroyed == [record.key_id]
+    report = await verify_snapshot(scene.vault, made[0].rotation_id)
+    assert (report.records, report.unsealed) == (0, [])
 
 
 async def test_cancelled_or_early_keys_are_not_destroyed(scene: Scene) -> None:

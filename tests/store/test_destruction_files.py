@@ -9,6 +9,7 @@ from pathlib import Path
 
 from progressdb_kms.domain.backup import Destruction
 from progressdb_kms.domain.keys import StateChange
+from progressdb_kms.ports import Destroyed
 from progressdb_kms.store.redis import RedisStore
 from tests.store.conftest import new_dek
 from tests.store.servers import Server, free_port
@@ -28,7 +29,7 @@ async def _destroy(store: RedisStore) -> bytes:
     past = int(time.time()) - 5
     await store.keys.change_state(dek.key_id, StateChange.SCHEDULE_DESTRUCTION, now=past, destroy_at=past)
     await store.destruction.owe_rewrite()
-    assert await store.destruction.destroy(Destruction(dek.key_id, past + 5))
+    assert await store.destruction.destroy(Destruction(dek.key_id, past + 5)) is Destroyed.DONE
     return dek.wrapped
 
 

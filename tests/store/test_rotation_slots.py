@@ -201,7 +201,8 @@ class TestSnapshot:
             return slot_digest([bucket_digest(await slots.read_bucket(TAG, R, n)) for n in range(buckets)])
 
         first = await digest()
-        await slots.seal_snapshot(CLAIM, R, 100, first)
+        assert not await slots.seal_snapshot(CLAIM, R, 101, first)  # one was destroyed since it was read
+        assert await slots.seal_snapshot(CLAIM, R, 100, first)
         await snapshot(slots, 100)
         assert await digest() == first
         manifest = await slots.manifest(TAG, R)

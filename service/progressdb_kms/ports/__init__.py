@@ -5,7 +5,15 @@ one of them. All errors are from ``domain.errors``. ``ports.service`` is what se
 ``ports.rotation`` and ``ports.backup`` what rotations, backups and destruction need besides.
 """
 
-from progressdb_kms.ports.backup import BackupStore, Damaged, DestructionStore, Extras, Imported
+from progressdb_kms.ports.backup import (
+    BackupStore,
+    Damaged,
+    Destroyed,
+    DestructionStore,
+    Extras,
+    Imported,
+    Resealed,
+)
 from progressdb_kms.ports.rotation import (
     Claim,
     KekStager,
@@ -42,6 +50,7 @@ __all__ = [
     "Changes",
     "Claim",
     "Damaged",
+    "Destroyed",
     "DestructionStore",
     "Extras",
     "Heartbeat",
@@ -57,6 +66,7 @@ __all__ = [
     "Observer",
     "Quarantined",
     "RegistryView",
+    "Resealed",
     "RotationLedger",
     "RotationStore",
     "SlotPage",

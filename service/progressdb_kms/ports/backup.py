@@ -97,6 +97,9 @@ class BackupStore(Protocol):
     async def snapshots(self) -> Mapping[str, Mapping[str, Manifest]]:
         """Return the manifests of all snapshots in the store: by rotation id, then by slot tag."""
 
+    async def manifests(self, tag: str) -> Mapping[str, Manifest]:
+        """Return the manifests of one slot's snapshots, by rotation id."""
+
     async def purge(self, tag: str, rotation_id: str) -> None:
         """Remove a slot's part of a snapshot and of its quarantine, in bounded steps."""
 
@@ -110,6 +113,23 @@ class BackupStore(Protocol):
         """Return what is remembered of exports, oldest first."""
 
 
+class Destroyed(StrEnum):
+    """What became of a destruction."""
+
+    DONE = "done"
+    NOT_DUE = "not_due"
+    CHANGED = "changed"
+
+
+@dataclass(frozen=True, slots=True)
+class Resealed:
+    """A snapshot's manifest for one slot, as it is and as it is to be once a key has left it."""
+
+    rotation_id: str
+    before: Manifest
+    after: Manifest
+
+
 class DestructionStore(Protocol):
     """Destroys keys whose waiting period is over."""
 
@@ -119,25 +139,25 @@ class DestructionStore(Protocol):
     async def due(self, now: int) -> Mapping[str, Sequence[str]]:
         """Return the keys that are due at ``now`` (Unix seconds), by slot tag, at most 100 a slot."""
 
-    async def destroy(self, destruction: Destruction, *, merged: bool = False) -> bool:
+    async def destroy(
+        self, destruction: Destruction, snapshots: Sequence[Resealed] = (), *, merged: bool = False
+    ) -> Destroyed:
         """Remove a key's blob from its record and from every snapshot of its slot; leave a tombstone.
 
         A notice goes first, as with every change of state. Repeating it is fine.
 
         Args:
             destruction: Which key, when, and who holds it still.
+            snapshots: Those of the key's slot, all of them. Manifests change together with the copies.
             merged: A tombstone came by an import: destroy the key in whatever state it is.
 
         Returns:
-            False where the key is not (any more) due: cancelled, or its time has not come by the store's
-            clock.
+            NOT_DUE where the key is not (any more) due: cancelled, or its time has not come by the store's
+            clock. CHANGED, and nothing is done, where the slot's snapshots are not those that were named.
         """
 
     async def destructions(self, key_ids: Sequence[str]) -> list[Destruction | None]:
         """Return what was written down of destroyed keys, in order."""
-
-    async def reseal(self, tag: str, rotation_id: str, count: int, digest: str) -> bool:
-        """Write count and digest into an unsealed manifest; False where it is sealed or gone."""
 
     async def owe_rewrite(self) -> None:
         """Note, before keys are destroyed, that append-only files will have to be rewritten."""

@@ -205,8 +205,12 @@ class RotationStore(Protocol):
     async def read_bucket(self, tag: str, rotation_id: str, bucket: int) -> list[tuple[str, bytes]]:
         """Return a bucket of a slot's snapshot: key ids and blobs."""
 
-    async def seal_snapshot(self, claim: Claim, rotation_id: str, count: int, digest: str) -> None:
-        """Write what the verified snapshot of a slot holds into its manifest."""
+    async def seal_snapshot(self, claim: Claim, rotation_id: str, count: int, digest: str) -> bool:
+        """Write what the verified snapshot of a slot holds into its manifest.
+
+        Returns:
+            False where it holds something else by now: a key was destroyed since it was read.
+        """
 
     async def manifest(self, tag: str, rotation_id: str) -> Manifest | None:
         """Return the manifest of a slot's snapshot."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from progressdb_kms.domain.backup import Destruction, ExportNote
 from progressdb_kms.domain.keyring import KekState
 from progressdb_kms.domain.keys import ALL_TAGS, DekRecord, KeyState, locate
-from progressdb_kms.ports import Damaged, Extras, Imported, Manifest, RegistryView
+from progressdb_kms.ports import Damaged, Destroyed, Extras, Imported, Manifest, RegistryView, Resealed
 
 if TYPE_CHECKING:
     from progressdb_kms.store.memory_rotation import MemorySlots
@@ -128,6 +128,10 @@ class MemoryBackups:
             found.setdefault(rotation_id, {})[tag] = manifest
         return found
 
+    async def manifests(self, tag: str) -> Mapping[str, Manifest]:
+        """Return the manifests of one slot's snapshots, by rotation id."""
+        return {name: each for (slot, name), each in self._rotation.manifests.items() if slot == tag}
+
     async def purge(self, tag: str, rotation_id: str) -> None:
         """Remove a slot's part of a snapshot and of its quarantine."""
         place = (tag, rotation_id)
@@ -190,23 +194,29 @@ class MemoryDestruction:
                 found.setdefault(locate(record.key_id), []).append(record.key_id)
         return found
 
-    async def destroy(self, destruction: Destruction, *, merged: bool = False) -> bool:
+    async def destroy(
+        self, destruction: Destruction, snapshots: Sequence[Resealed] = (), *, merged: bool = False
+    ) -> Destroyed:
         """Remove a key's blob from its record and from every snapshot; see ``DestructionStore.destroy``."""
         key_id, now = destruction.key_id, destruction.destroyed_at
         self._notice(key_id)
         record = self._shelves.records.get(key_id)
         if record is None:
-            return False
+            return Destroyed.NOT_DUE
         if record.state is KeyState.DESTROYED:
-            return True
+            return Destroyed.DONE
         waiting = record.state is KeyState.PENDING_DESTRUCTION and record.destroy_at is not None
         over = waiting and (record.destroy_at or 0) <= min(now, self._now())
         if not merged and not over:
-            return False
-        for place, copies in self._rotation.copies.items():
-            if copies.pop(key_id, None) is not None:
-                manifest = self._rotation.manifests[place]
-                self._rotation.manifests[place] = replace(manifest, count=-1, digest="")
+            return Destroyed.NOT_DUE
+        tag = locate(key_id)
+        known = {(tag, each.rotation_id): each for each in snapshots}
+        held = {place: each for place, each in self._rotation.manifests.items() if place[0] == tag}
+        if any(place not in known or known[place].before != each for place, each in held.items()):
+            return Destroyed.CHANGED
+        for place in held:
+            if self._rotation.copies[place].pop(key_id, None) is not None:
+                self._rotation.manifests[place] = known[place].after
         for noted in self._rotation.noted.values():
             noted.pop(key_id, None)
         self._shelves.records[key_id] = replace(
@@ -218,19 +228,11 @@ class MemoryDestruction:
             resume_state=KeyState.ENABLED,
         )
         self._written[key_id] = destruction
-        return True
+        return Destroyed.DONE
 
     async def destructions(self, key_ids: Sequence[str]) -> list[Destruction | None]:
         """Return what was written down of destroyed keys, in order."""
         return [self._written.get(key_id) for key_id in key_ids]
-
-    async def reseal(self, tag: str, rotation_id: str, count: int, digest: str) -> bool:
-        """Write count and digest into an unsealed manifest; False where it is sealed or gone."""
-        manifest = self._rotation.manifests.get((tag, rotation_id))
-        if manifest is None or manifest.count >= 0:
-            return False
-        self._rotation.manifests[tag, rotation_id] = replace(manifest, count=count, digest=digest)
-        return True
 
     async def owe_rewrite(self) -> None:
         """Note it; there are no files here."""

@@ -257,8 +257,11 @@ class MemorySlots:
         copies = self.copies[tag, rotation_id]
         return [item for item in copies.items() if bucket_of(item[0], manifest.buckets) == bucket]
 
-    async def seal_snapshot(self, claim: Claim, rotation_id: str, count: int, digest: str) -> None:
+    async def seal_snapshot(self, claim: Claim, rotation_id: str, count: int, digest: str) -> bool:
         """Write what the verified snapshot of a slot holds into its manifest.
+
+        Returns:
+            False where it holds something else by now: a key was destroyed since it was read.
 
         Raises:
             RotationRefused: The snapshot has not been begun.
@@ -267,7 +270,10 @@ class MemorySlots:
         place = (claim.tag, rotation_id)
         if place not in self.manifests:
             raise _unbegun(claim)
+        if count != len(self.copies.get(place, ())):
+            return False
         self.manifests[place] = replace(self.manifests[place], count=count, digest=digest)
+        return True
 
     async def manifest(self, tag: str, rotation_id: str) -> Manifest | None:
         """Return the manifest of a slot's snapshot."""

@@ -17,14 +17,13 @@ from progressdb_kms.domain.backup import Destruction, holding
 from progressdb_kms.domain.errors import StoreUnavailable
 from progressdb_kms.domain.keyring import KekState
 from progressdb_kms.domain.keys import DekRecord
-from progressdb_kms.domain.rotation import bucket_digest, slot_digest
 from progressdb_kms.ports import AuditEvent
+from progressdb_kms.usecases.destroyer import Destroyer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from progressdb_kms.domain.backup import ExportNote
-    from progressdb_kms.ports import Manifest
     from progressdb_kms.usecases.vault import Vault
 
 log = structlog.get_logger(__name__)
@@ -78,10 +77,9 @@ async def _sweep(vault: Vault) -> Swept:
         if due:
             await vault.destruction.owe_rewrite()
             notes = await _notes(vault)
-            snapshots = await vault.backups.snapshots()
-            for tag, key_ids in due.items():
-                held = {name: slots[tag] for name, slots in snapshots.items() if tag in slots}
-                swept.destroyed += await _slot(vault, tag, key_ids, held, notes)
+            destroyer = Destroyer(vault)
+            for key_ids in due.values():
+                swept.destroyed += await _slot(vault, key_ids, destroyer, notes)
         if len(swept.destroyed) == before:
             break
         await vault.destruction.lease(vault.owner, LEASE)
@@ -106,15 +104,8 @@ async def _notes(vault: Vault) -> list[ExportNote]:
 
 
 async def _slot(
-    vault: Vault,
-    tag: str,
-    key_ids: Sequence[str],
-    held: dict[str, Manifest],
-    notes: Sequence[ExportNote],
+    vault: Vault, key_ids: Sequence[str], destroyer: Destroyer, notes: Sequence[ExportNote]
 ) -> list[str]:
-    # A snapshot that was sealed and is what was sealed is sealed anew without the destroyed keys. One that is
-    # not keeps no seal: a change that nobody made on purpose must not get one.
-    sound = [name for name, manifest in held.items() if await _seal_holds(vault, tag, name, manifest)]
     destroyed = []
     for record in await vault.backups.read(key_ids):
         if not isinstance(record, DekRecord):
@@ -122,29 +113,9 @@ async def _slot(
         names = (vault.owner, "", record.key_id, record.thread_id)
         await vault.audit.record([AuditEvent("key.destroy", "intent", *names)])
         destruction = Destruction(record.key_id, int(vault.now()), holding(notes, record.created_at))
-        if await vault.destruction.destroy(destruction):
+        if await destroyer.destroy(destruction):
             destroyed.append(record.key_id)
             await vault.audit.record([AuditEvent("key.destroy", "ok", *names)])
         else:
             await vault.audit.record([AuditEvent("key.destroy", "failed", *names, "not due any more")])
-    for name in sound:
-        count, digest = await _contents(vault, tag, name, held[name].buckets)
-        await vault.destruction.reseal(tag, name, count, digest)
     return destroyed
-
-
-async def _seal_holds(vault: Vault, tag: str, rotation_id: str, manifest: Manifest) -> bool:
-    if manifest.count < 0:
-        return False
-    contents = await _contents(vault, tag, rotation_id, manifest.buckets)
-    return contents == (manifest.count, manifest.digest)
-
-
-async def _contents(vault: Vault, tag: str, rotation_id: str, buckets: int) -> tuple[int, str]:
-    digests = []
-    count = 0
-    for bucket in range(buckets):
-        entries = await vault.slots.read_bucket(tag, rotation_id, bucket)
-        count += len(entries)
-        digests.append(bucket_digest(entries))
-    return count, slot_digest(digests)

@@ -17,6 +17,7 @@ from progressdb_kms.usecases.backup import (
     inspect_export,
     records_of,
 )
+from progressdb_kms.usecases.destroyer import Destroyer
 from progressdb_kms.usecases.exclusive import exclusive
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ async def import_export(
             )
         await _audit(vault, "intent", export)
         report = ImportReport()
+        destroyer = Destroyer(vault)
         await vault.backups.raise_floors(export.registry.active if view is None else view.active)
         for records in records_of(chunks, export):
             report.bad += await bad_blobs(vault.source, records)
@@ -91,7 +93,7 @@ async def import_export(
                     report.collisions.append(record.key_id)
                 elif result is Imported.ALIVE:
                     await vault.destruction.owe_rewrite()
-                    await vault.destruction.destroy(
+                    await destroyer.destroy(
                         Destruction(record.key_id, record.changed_at or int(vault.now())), merged=True
                     )
                     report.destroyed_here.append(record.key_id)

@@ -80,18 +80,20 @@ class SlotWork:
                 cursor = await slots.snapshot(claim, rotation_id, version, cursor, self._page)
                 if not cursor:
                     break
-        digests = []
-        count = 0
-        for bucket in range(manifest.buckets):
-            # A blob that can't be unwrapped is copied like any other: rewrap puts its record in quarantine.
-            entries = await slots.read_bucket(claim.tag, rotation_id, bucket)
-            count += len(entries)
-            digests.append(bucket_digest(entries))
-        # Records can leave a census meanwhile (rewrapped alone, destroyed), never join it: the floor stands.
-        if count < sum([await slots.count(claim.tag, version) for version in versions]):
-            await self._require_copies(rotation, claim, versions)
-        await slots.seal_snapshot(claim, rotation_id, count, slot_digest(digests))
-        return Counter(snapshot=count)
+        for _ in range(_PASSES):
+            digests = []
+            count = 0
+            for bucket in range(manifest.buckets):
+                # A blob that can't be unwrapped is copied like any other: rewrap quarantines its record.
+                entries = await slots.read_bucket(claim.tag, rotation_id, bucket)
+                count += len(entries)
+                digests.append(bucket_digest(entries))
+            # Records can leave a census meanwhile (rewrapped, destroyed), never join it: the floor stands.
+            if count < sum([await slots.count(claim.tag, version) for version in versions]):
+                await self._require_copies(rotation, claim, versions)
+            if await slots.seal_snapshot(claim, rotation_id, count, slot_digest(digests)):
+                return Counter(snapshot=count)
+        raise RotationRefused(f"the snapshot of slot {claim.tag} changes all the time; run again")
 
     async def _require_copies(self, rotation: Rotation, claim: Claim, versions: Sequence[int]) -> None:
         """Look at each record: a census may name keys that have no record, which rewrap puts in quarantine.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import redis
 
-from progressdb_kms.domain.rotation import ORDER
+from progressdb_kms.domain.rotation import ORDER, Outcome, Step
 from tests.fault.power import PoweredServer
 from tests.fault.rotation.history import History, Violation, check_history
 from tests.fault.rotation.stored import Stored, check_store, read_store
@@ -207,18 +207,22 @@ class Campaign:
         self.world.store.start()
 
     def _moment(self, step: str) -> None:
-        """Return at a step's beginning while a job runs, or at some time."""
+        """Return when a job's output shows the step, the last one by its result; or at some time."""
         if not step:
             self._running_job()
             time.sleep(random.uniform(0.2, 2.0))
             return
         while True:
             job = self._running_job()
-            while job.process.poll() is None:
-                if any(line["step"] == step for line in job.lines("step")):
+            ended = False
+            while not ended:
+                ended = job.process.poll() is not None
+                shown = {line["step"] for line in job.lines("step")}
+                shown |= {Step.COMPLETE for line in job.lines("result") if line["outcome"] == Outcome.CLEAN}
+                if step in shown:
                     time.sleep(random.uniform(0.0, 0.2))
                     return
-                time.sleep(0.02)
+                time.sleep(0.05)
 
     # The job.
 

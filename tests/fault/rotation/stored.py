@@ -278,7 +278,7 @@ def _snapshots(stored: Stored) -> Iterator[Violation]:
         if snapshot.manifest.split()[1:] != [str(entries), digest]:
             yield Violation(
                 _SNAPSHOTS,
-                f"slot {tag} of {rotation_id} holds {entries} copies, not {snapshot.manifest[:20]!r}",
+                f"slot {tag} of {rotation_id} holds {entries} copies and says {snapshot.manifest[:20]!r}",
             )
     copies: dict[str, dict[str, bytes]] = defaultdict(dict)
     for (rotation_id, _), snapshot in stored.snapshots.items():

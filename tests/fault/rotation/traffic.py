@@ -288,15 +288,15 @@ class _Task:
         dice = random.random()
         if self._again is not None:
             return self._create(self._again.thread_id, self._again.once, self._again.kind)
-        if dice < 0.25:
-            return self._create(self._thread(), secrets.token_hex(8) if dice < 0.12 else "", Kind.CREATE)
-        if dice < 0.28:
-            return self._create(self._thread(), secrets.token_hex(8) if dice < 0.27 else "", Kind.ROTATE_DEK)
-        if dice < 0.34:
-            return self._switch() if dice < 0.33 else self._doom()
+        if dice < 0.15:
+            return self._create(self._thread(), secrets.token_hex(8) if dice < 0.1 else "", Kind.CREATE)
+        if dice < 0.18:
+            return self._create(self._thread(), secrets.token_hex(8) if dice < 0.17 else "", Kind.ROTATE_DEK)
+        if dice < 0.24:
+            return self._switch() if dice < 0.23 else self._doom()
         choices = self._switched if random.random() < 0.2 else self._sealed
         chosen = random.choice(choices)
-        if dice < 0.67:
+        if dice < 0.6:
             return self._encrypt(chosen.key_id)
         return self._recorder.decrypt(chosen).outcome
 

@@ -169,6 +169,15 @@ class RedisBackups:
                     found.setdefault(rotation_id, {})[tag] = decode_manifest(tag, value)
         return found
 
+    async def manifests(self, tag: str) -> Mapping[str, Manifest]:
+        """Return the manifests of one slot's snapshots, by rotation id."""
+        reply = await self._router.read_one(Call(tag, ("HGETALL", control_key(tag))))
+        return {
+            rotation_id: decode_manifest(tag, value)
+            for field, value in _pairs(reply)
+            if (rotation_id := rotation_of(field))
+        }
+
     async def purge(self, tag: str, rotation_id: str) -> None:
         """Remove a slot's part of a snapshot and of its quarantine, in bounded steps."""
         bucket = 0

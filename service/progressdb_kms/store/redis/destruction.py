@@ -10,6 +10,7 @@ from typing import Final
 from progressdb_kms.domain.backup import Destruction
 from progressdb_kms.domain.errors import StoreUnavailable
 from progressdb_kms.domain.keys import ALL_TAGS, locate
+from progressdb_kms.ports import Destroyed, Resealed
 from progressdb_kms.store.redis import scripts
 from progressdb_kms.store.redis.address import Endpoint
 from progressdb_kms.store.redis.failures import Failure
@@ -28,7 +29,7 @@ from progressdb_kms.store.redis.schema import (
     destroyed_key,
     due_key,
     encode_destruction,
-    manifest_field,
+    encode_manifest,
     quarantine_key,
     record_key,
 )
@@ -39,6 +40,7 @@ _REWRITE_SECONDS: Final = 120.0
 """Longest wait for a node to rewrite its file; a longer one is found finished by a later sweep."""
 _FIRST_POLL: Final = 0.02
 _LONGEST_POLL: Final = 1.0
+_RESULTS: Final = {b"ok": Destroyed.DONE, b"not due": Destroyed.NOT_DUE, b"changed": Destroyed.CHANGED}
 
 
 class RedisDestruction:
@@ -64,10 +66,17 @@ class RedisDestruction:
         found = {tag: checked(reply) for tag, reply in zip(ALL_TAGS, replies, strict=True)}
         return {tag: [key_id.decode() for key_id in key_ids] for tag, key_ids in found.items() if key_ids}
 
-    async def destroy(self, destruction: Destruction, *, merged: bool = False) -> bool:
+    async def destroy(
+        self, destruction: Destruction, snapshots: Sequence[Resealed] = (), *, merged: bool = False
+    ) -> Destroyed:
         """Remove a key's blob from its record and from every snapshot; see ``DestructionStore.destroy``."""
         key_id = destruction.key_id
         tag = locate(key_id)
+        seals = [
+            part
+            for each in snapshots
+            for part in (each.rotation_id, encode_manifest(each.before), encode_manifest(each.after))
+        ]
         try:
             async with asyncio.timeout(2 * self._settings.command_timeout):
                 while True:
@@ -87,10 +96,11 @@ class RedisDestruction:
                             census_prefix(tag),
                             bucket_prefix(tag, "")[:-1],
                             quarantine_key(tag, ""),
+                            *seals,
                         )
                     )
                     if reply != b"late":
-                        return bool(reply == b"ok")
+                        return _RESULTS[reply]
         except TimeoutError:
             raise StoreUnavailable("the store did not destroy the key in time") from None
 
@@ -105,13 +115,6 @@ class RedisDestruction:
         )
         entries = [checked(reply) for reply in replies]
         return [None if entry is None else decode_destruction(entry) for entry in entries]
-
-    async def reseal(self, tag: str, rotation_id: str, count: int, digest: str) -> bool:
-        """Write count and digest into an unsealed manifest; False where it is sealed or gone."""
-        call = script_call(
-            tag, scripts.RESEAL, (control_key(tag),), manifest_field(rotation_id), count, digest
-        )
-        return bool(await self._router.write_one(call))
 
     async def owe_rewrite(self) -> None:
         """Note, before keys are destroyed, that append-only files will have to be rewritten."""

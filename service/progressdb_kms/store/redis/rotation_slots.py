@@ -188,8 +188,11 @@ class RedisRotationSlots:
             at = end
         return entries
 
-    async def seal_snapshot(self, claim: Claim, rotation_id: str, count: int, digest: str) -> None:
+    async def seal_snapshot(self, claim: Claim, rotation_id: str, count: int, digest: str) -> bool:
         """Write what the verified snapshot of a slot holds into its manifest.
+
+        Returns:
+            False where it holds something else by now: a key was destroyed since it was read.
 
         Raises:
             RotationRefused: The snapshot has not been begun.
@@ -204,9 +207,10 @@ class RedisRotationSlots:
                 manifest_field(rotation_id),
                 count,
                 digest,
+                bucket_prefix(tag, rotation_id),
             )
         )
-        _begun(tag, _allowed(tag, [reply]))
+        return bool(_begun(tag, _allowed(tag, [reply]))[0] == b"ok")
 
     async def manifest(self, tag: str, rotation_id: str) -> Manifest | None:
         """Return the manifest of a slot's snapshot."""

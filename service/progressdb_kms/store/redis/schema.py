@@ -256,6 +256,11 @@ def decode_rotation(entry: bytes, counts: dict[str, int]) -> Rotation:
         ) from None
 
 
+def encode_manifest(manifest: Manifest) -> str:
+    """Return a manifest as it is stored."""
+    return f"{manifest.buckets} {manifest.count} {manifest.digest}".rstrip()
+
+
 def decode_manifest(tag: str, entry: bytes) -> Manifest:
     """Return the manifest ``<buckets> <count> <digest>``, of which the last may be missing.
 
