@@ -214,18 +214,20 @@ def test_waits_for_an_instance_and_lets_nobody_else_lead(world: World, a: Instan
 
 def test_gives_up_waiting_and_goes_on_when_run_again(world: World, a: Instance, sealed: Sealed) -> None:
     """After --wait seconds the run ends with an error that names the instance; the next goes on at once."""
-    a.pause()
+    own = world.root / "own-kek.yaml"
+    write_private(own, kek_text({1: KEK_1}))
+    world.instance("c", kek={"path": str(own)}).start()
     stopped = Job(a)
     stopped.wait_for("waiting")
     stopped.process.send_signal(signal.SIGTERM)
     assert stopped.result(75)["outcome"] == "stopped"
     job = Job(a, "--wait", "1")
     assert job.exit_code() == 1
-    a.resume()
     assert job.lines("result")[-1]["code"] == "instances_missing"
     (line,) = [line for line in job.errors.splitlines() if line.startswith("progressdb-kms:")]
     assert "is not loaded by: " in line
     assert stored_versions(world) == {"1": KEYS}
+    write_private(own, world.kek_file.read_text())
     again = Job(a)
     assert again.result()["outcome"] == "clean"
     assert again.lines("start")[0]["resumes_at"] == "distribute"
