@@ -15,12 +15,13 @@ from progressdb_kms.domain.keys import ALL_TAGS, KeyState, StateChange, locate
 from progressdb_kms.domain.rotation import Rotation
 from progressdb_kms.ports import Destroyed, Imported
 from progressdb_kms.store.memory import MemoryStore
-from progressdb_kms.usecases import backup, rotation
-from progressdb_kms.usecases.backup import verify_export, verify_snapshot
+from progressdb_kms.usecases import backup, rotation, snapshots
+from progressdb_kms.usecases.backup import verify_export
 from progressdb_kms.usecases.destruction import sweep
 from progressdb_kms.usecases.importing import import_export
 from progressdb_kms.usecases.restore import Restorer
 from progressdb_kms.usecases.retire import retire
+from progressdb_kms.usecases.snapshots import verify_snapshot
 from tests.store.backup_scene import Bytes, Scene, make_scene
 from tests.store.conftest import Harness, RedisHarness
 
@@ -284,12 +285,12 @@ async def test_restore_brings_quarantined_keys_back(scene: Scene) -> None:
     await scene.damage(bad.key_id)
     made = await scene.rotate()
     assert made.outcome == "incomplete"
-    assert await backup.quarantined(scene.vault, made.rotation_id, ALL_TAGS) == [bad.key_id]
+    assert await snapshots.quarantined(scene.vault, made.rotation_id, ALL_TAGS) == [bad.key_id]
     found = await Restorer(scene.vault, scene.book).from_file(file.chunks)
     assert (found.restored, found.healthy) == ([bad.key_id], 1)
     assert await scene.opens(bad.key_id)
     assert (await scene.record(bad.key_id)).kek_version == 2
-    assert await backup.quarantined(scene.vault, made.rotation_id, ALL_TAGS) == []
+    assert await snapshots.quarantined(scene.vault, made.rotation_id, ALL_TAGS) == []
 
 
 async def test_restore_adds_missing_records_from_a_file(scene: Scene, harness: Harness) -> None:
@@ -329,7 +330,7 @@ async def test_retire_after_a_rotation(scene: Scene) -> None:
     made = await scene.rotate()
     with pytest.raises(RotationRefused, match=f"snapshot of {made.rotation_id} holds 2 copies"):
         await retire(scene.vault, 1, old.chunks)
-    await backup.purge(scene.vault, made.rotation_id)
+    await snapshots.purge(scene.vault, made.rotation_id)
     with pytest.raises(BackupInvalid, match="needs KEK version 1 itself"):
         await retire(scene.vault, 1, old.chunks)
     fresh = await scene.export()
@@ -352,7 +353,7 @@ async def test_retire_counts_records_and_not_the_census(scene: Scene, harness: H
     """A record under the version is found though no census names it."""
     (record,) = await scene.create("a")
     made = await scene.rotate()
-    await backup.purge(scene.vault, made.rotation_id)
+    await snapshots.purge(scene.vault, made.rotation_id)
     if isinstance(harness, RedisHarness):
         harness.server.ask(
             "HSET", f"kms:{{{locate(record.key_id)}}}:dek:{record.key_id}", "wrapped", record.wrapped
@@ -370,13 +371,13 @@ async def test_purge_keeps_what_quarantine_may_need(scene: Scene) -> None:
     await scene.damage(bad.key_id)
     made = await scene.rotate()
     with pytest.raises(RotationRefused, match=bad.key_id):
-        await backup.purge(scene.vault, made.rotation_id)
-    assert await backup.purge_older(scene.vault, 1) == []
+        await snapshots.purge(scene.vault, made.rotation_id)
+    assert await snapshots.purge_older(scene.vault, 1) == []
     scene.now += 2 * DAY
-    assert await backup.purge_older(scene.vault, 1, force=True) == [made.rotation_id]
+    assert await snapshots.purge_older(scene.vault, 1, force=True) == [made.rotation_id]
     assert await scene.store.backups.snapshots() == {}
     with pytest.raises(BackupInvalid, match="no snapshot"):
-        await backup.purge(scene.vault, made.rotation_id)
+        await snapshots.purge(scene.vault, made.rotation_id)
 
 
 async def test_snapshot_is_exported_with_live_metadata(scene: Scene) -> None:
@@ -401,7 +402,7 @@ async def test_nothing_runs_beside_a_rotation(scene: Scene) -> None:
     for action in (
         import_export(scene.vault, file.chunks, merge=True),
         Restorer(scene.vault, scene.book).from_file(file.chunks),
-        backup.purge(scene.vault, "r"),
+        snapshots.purge(scene.vault, "r"),
         retire(scene.vault, 1, file.chunks),
     ):
         with pytest.raises(RotationRunning):

@@ -11,7 +11,7 @@ from tests.store.conftest import new_dek, new_kek
 
 
 async def test_a_notice_put_while_a_reader_gives_up_waiting_is_not_lost() -> None:
-    """The wait is over, the reader has not had its turn, and a notice comes: it, or the next read, tells it."""
+    """The wait is over, the reader has not had its turn, and a notice comes: one of two reads tells."""
     store = MemoryStore()
     await store.initialise(new_kek(1))
     dek = new_dek("room:1")

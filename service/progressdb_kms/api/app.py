@@ -21,9 +21,10 @@ from werkzeug.exceptions import (
 )
 from werkzeug.routing import BaseConverter
 
+from progressdb_kms.api.call import Call, Route
 from progressdb_kms.api.openapi import openapi_document
 from progressdb_kms.api.problems import problem_of, status_of
-from progressdb_kms.api.routes import ROUTES, Call, Route
+from progressdb_kms.api.routes import ROUTES
 from progressdb_kms.domain import errors
 from progressdb_kms.domain.errors import KmsError
 from progressdb_kms.usecases.encryption import Hot

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from progressdb_kms import __version__
+from progressdb_kms.api.call import Route
 from progressdb_kms.api.problems import PROBLEM_JSON, STATUS, Problem
-from progressdb_kms.api.routes import ROUTES, Route
+from progressdb_kms.api.routes import ROUTES
 from progressdb_kms.domain.envelope import MESSAGE_OVERHEAD
 from progressdb_kms.domain.keys import THREAD_ID_MAX_BYTES
 from progressdb_kms.usecases.messages import JSON, MSGPACK, Failed

@@ -14,14 +14,17 @@ from progressdb_kms.cli.operator import INCOMPLETE, config_option, export_file, 
 from progressdb_kms.cli.output import json_option, print_fields, print_json, print_table
 from progressdb_kms.domain.errors import BackupInvalid
 from progressdb_kms.usecases import backup as usecase
+from progressdb_kms.usecases import snapshots as usecase_snapshots
 from progressdb_kms.usecases.destruction import sweep
 from progressdb_kms.usecases.importing import import_export
+from progressdb_kms.usecases.vault import named
 
 if TYPE_CHECKING:
     from progressdb_kms.domain.backup import ExportNote
-    from progressdb_kms.usecases.backup import Inspected, SnapshotReport
+    from progressdb_kms.usecases.backup import Inspected
     from progressdb_kms.usecases.exportfile import Counts
     from progressdb_kms.usecases.keks import KekBook
+    from progressdb_kms.usecases.snapshots import SnapshotReport
     from progressdb_kms.usecases.vault import Vault
 
 _out = click.option("--out", required=True, type=export_file, help="The file to make; never overwritten.")
@@ -77,7 +80,7 @@ def _exported(out: Path, note: ExportNote, counts: Counts, *, as_json: bool) -> 
     }
     _show(fields, as_json=as_json)
     if counts.damaged:
-        click.echo(f"{len(counts.damaged)} records are damaged: {usecase.named(counts.damaged)}", err=True)
+        click.echo(f"{len(counts.damaged)} records are damaged: {named(counts.damaged)}", err=True)
         return INCOMPLETE
     return 0
 
@@ -138,7 +141,7 @@ def show(name: str, config: Path, *, as_json: bool) -> None:
         manifests = (await vault.backups.snapshots()).get(name)
         if not manifests:
             raise BackupInvalid(f"the store knows neither an export nor a snapshot {name}")
-        quarantined = await usecase.quarantined(vault, name, manifests)
+        quarantined = await usecase_snapshots.quarantined(vault, name, manifests)
         return {
             "rotation_id": name,
             "slots": len(manifests),
@@ -179,7 +182,7 @@ def verify(what: str, config: Path | None, sample: int | None, *, as_json: bool)
         return _verified(found, bad, as_json=as_json)
 
     async def action(vault: Vault, _: KekBook) -> SnapshotReport:
-        return await usecase.verify_snapshot(vault, what)
+        return await usecase_snapshots.verify_snapshot(vault, what)
 
     report = on_store(config, "backup verify", action)
     _show({"rotation_id": what, "sound": report.sound, **asdict(report)}, as_json=as_json)
@@ -244,8 +247,8 @@ def purge(rotation_id: str | None, days: int | None, config: Path, *, force: boo
 
     async def action(vault: Vault) -> list[str]:
         if rotation_id is None:
-            return await usecase.purge_older(vault, days or 0, force=force)
-        await usecase.purge(vault, rotation_id, force=force)
+            return await usecase_snapshots.purge_older(vault, days or 0, force=force)
+        await usecase_snapshots.purge(vault, rotation_id, force=force)
         return [rotation_id]
 
     for purged in on_vault(config, "backup purge", action):

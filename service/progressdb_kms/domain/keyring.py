@@ -12,11 +12,11 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
-from progressdb_kms.domain.envelope import MAX_KEK_VERSION
-from progressdb_kms.domain.errors import KekFileInvalid, KekUnavailable
+from progressdb_kms.domain.envelope import MAX_KEK_VERSION, NONCE_BYTES, unwrap, wrap
+from progressdb_kms.domain.errors import KekFileInvalid, KekUnavailable, KmsError, WrappedKeyInvalid
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 KEK_BYTES: Final = 32
 _CHECK_LABEL: Final = b"progressdb-kms/kek-check/v1"
@@ -131,6 +131,44 @@ class Keyring:
             return self._ciphers[version]
         except KeyError:
             raise KekUnavailable(f"KEK version {version} is not loaded; add it to the KEK file") from None
+
+    def wrap_all(
+        self, version: int, deks: Sequence[bytes], aads: Sequence[bytes], nonces: bytes
+    ) -> list[bytes]:
+        """Wrap raw DEKs and return the bodies, 60 bytes each.
+
+        Args:
+            version: The KEK.
+            deks: Raw DEKs.
+            aads: What each wrap binds.
+            nonces: ``NONCE_BYTES`` fresh random bytes for each DEK. One random string for a whole batch:
+                slices of it are as independent as separate draws.
+
+        Raises:
+            KekUnavailable: Not loaded.
+        """
+        cipher = self.cipher(version)
+        return [
+            wrap(cipher, nonces[at * NONCE_BYTES : (at + 1) * NONCE_BYTES], dek, aad)
+            for at, (dek, aad) in enumerate(zip(deks, aads, strict=True))
+        ]
+
+    def unwrap_all(
+        self, version: int, bodies: Sequence[bytes], aads: Sequence[bytes]
+    ) -> list[bytes | KmsError]:
+        """Return raw DEKs, with WrappedKeyInvalid in the place of one that does not unwrap.
+
+        Raises:
+            KekUnavailable: Not loaded.
+        """
+        cipher = self.cipher(version)
+        results: list[bytes | KmsError] = []
+        for body, aad in zip(bodies, aads, strict=True):
+            try:
+                results.append(unwrap(cipher, body, aad))
+            except WrappedKeyInvalid as error:
+                results.append(error)
+        return results
 
     def seal(self, version: int, label: bytes, digest: bytes) -> bytes:
         """Return HMAC-SHA256 (RFC 2104) over label and digest under a key derived from a loaded version.

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Final
 
 import yaml
 
-from progressdb_kms.domain.envelope import MAX_KEK_VERSION, NONCE_BYTES, unwrap, wrap
-from progressdb_kms.domain.errors import KekFileInvalid, KmsError, WrappedKeyInvalid
+from progressdb_kms.domain.envelope import MAX_KEK_VERSION, NONCE_BYTES
+from progressdb_kms.domain.errors import KekFileInvalid, KmsError
 from progressdb_kms.domain.keyring import KEK_BYTES, Keyring, check_value
 from progressdb_kms.files import read_private
 
@@ -104,13 +104,7 @@ class FileKekSource:
         Raises:
             KekUnavailable: Not loaded.
         """
-        cipher = self._keyring.cipher(version)
-        # One call for the whole batch: slices of one random string are as independent as separate draws.
-        nonces = os.urandom(NONCE_BYTES * len(deks))
-        return [
-            wrap(cipher, nonces[at * NONCE_BYTES : (at + 1) * NONCE_BYTES], dek, aad)
-            for at, (dek, aad) in enumerate(zip(deks, aads, strict=True))
-        ]
+        return self._keyring.wrap_all(version, deks, aads, os.urandom(NONCE_BYTES * len(deks)))
 
     async def unwrap(
         self, version: int, bodies: Sequence[bytes], aads: Sequence[bytes]
@@ -120,14 +114,7 @@ class FileKekSource:
         Raises:
             KekUnavailable: Not loaded.
         """
-        cipher = self._keyring.cipher(version)
-        results: list[bytes | KmsError] = []
-        for body, aad in zip(bodies, aads, strict=True):
-            try:
-                results.append(unwrap(cipher, body, aad))
-            except WrappedKeyInvalid as error:
-                results.append(error)
-        return results
+        return self._keyring.unwrap_all(version, bodies, aads)
 
     async def seal(self, version: int, label: bytes, digest: bytes) -> bytes:
         """Return ``Keyring.seal`` of a version.

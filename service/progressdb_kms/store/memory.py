@@ -201,7 +201,7 @@ class MemoryStore:
             return Changes(self._end(), frozenset())
         seen = int(cursor)
         if seen == self._trimmed + len(self._notices) and wait > 0:
-            # Between the end of the time and this task's turn a notice may come: so read, also after a timeout.
+            # Between the end of the time and this task's turn a notice may come: so read after a timeout too.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait):
                     await self._noticed.wait()

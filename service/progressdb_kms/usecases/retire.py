@@ -16,9 +16,9 @@ from progressdb_kms.domain.errors import BackupInvalid, KmsError, RotationRefuse
 from progressdb_kms.domain.keyring import KekState
 from progressdb_kms.domain.keys import ALL_TAGS, DekRecord, KeyState
 from progressdb_kms.ports import AuditEvent, Damaged
-from progressdb_kms.usecases.backup import current_view, named, records_of, verify_export
+from progressdb_kms.usecases.backup import current_view, records_of, verify_export
 from progressdb_kms.usecases.exclusive import exclusive
-from progressdb_kms.usecases.vault import Sealed, Vault, unwrap_all
+from progressdb_kms.usecases.vault import Sealed, Vault, named, unwrap_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hmac
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from progressdb_kms.domain.envelope import parse_blob, wrap_aad
 from progressdb_kms.domain.errors import BackupInvalid, KekUnavailable, KmsError, WrappedKeyInvalid
 from progressdb_kms.domain.keyring import kek_id_of
+from progressdb_kms.ports import AuditEvent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
         RotationLedger,
         RotationStore,
     )
+
+
+_NAMES_SHOWN: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,3 +113,14 @@ async def require_keks(source: KekSource, keks: Iterable[KekInfo], what: str) ->
 def same(one: bytes, other: bytes) -> bool:
     """Compare without telling by the time where the difference is."""
     return hmac.compare_digest(one, other)
+
+
+def named(names: Sequence[str]) -> str:
+    """Return some names for a message, and how many more there are."""
+    more = len(names) - _NAMES_SHOWN
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def event(vault: Vault, action: str, outcome: str, detail: str) -> AuditEvent:
+    """Return an audit event of an operator's command."""
+    return AuditEvent(action, outcome, vault.owner, "", detail=detail)

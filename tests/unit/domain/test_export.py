@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from progressdb_kms.client.embedded import MemoryKek
+from progressdb_kms.client.embedded.sender import MemoryKek
 from progressdb_kms.domain.backup import ExportKind, ExportNote, HeldBy, holding, may_resurrect
 from progressdb_kms.domain.envelope import BLOB_BYTES, pack_blob, wrap_aad
 from progressdb_kms.domain.errors import BackupInvalid

@@ -1,0 +1,282 @@
+"""The handlers: each takes a ``Call`` and returns the answer's body, encoded."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from progressdb_kms.api.call import Call
+from progressdb_kms.api.models import (
+    BackupList,
+    ExportView,
+    Health,
+    KekList,
+    KekView,
+    KeyList,
+    RotationList,
+    ScheduleDestruction,
+    SnapshotView,
+    rfc3339,
+    rotation_view,
+    view_of,
+)
+from progressdb_kms.domain.errors import (
+    InvalidHeader,
+    InvalidParameter,
+    KekNotAccepted,
+    KmsError,
+    PermissionDenied,
+)
+from progressdb_kms.domain.keys import KeyState, StateChange
+from progressdb_kms.domain.policy import Permission
+from progressdb_kms.usecases import dekrotation, lifecycle, rotationwatch
+from progressdb_kms.usecases.encryption import failed
+from progressdb_kms.usecases.lifecycle import Wanted
+from progressdb_kms.usecases.messages import (
+    BatchReader,
+    CreatedDek,
+    CreateItem,
+    CreateRequest,
+    Reader,
+    Results,
+    RewrappedDek,
+    RewrapRequest,
+    WrappedDek,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+
+    from progressdb_kms.domain.keys import DekRecord
+
+PAGE_DEFAULT: Final = 100
+PAGE_MAX: Final = 1000
+_LIMIT: Final = re.compile(r"[1-9][0-9]{0,3}")
+
+_CREATE: Final = Reader(CreateRequest)
+_CREATE_BATCH: Final = BatchReader(CreateItem)
+_REWRAP: Final = Reader(RewrapRequest)
+_SCHEDULE: Final = Reader(ScheduleDestruction)
+
+
+async def create_dek_for_thread(call: Call) -> bytes:
+    """Make a DEK for a thread."""
+    request = _CREATE.read(call.content_type, call.body)
+    (result,) = await lifecycle.create_deks(
+        call.kms, call.session, [Wanted(request.thread_id, _idempotency_key(call))], call.request_id
+    )
+    if isinstance(result, KmsError):
+        raise result
+    return call.answer(_created(result))
+
+
+def _idempotency_key(call: Call) -> str | None:
+    if len(call.idempotency_keys) > 1:
+        raise InvalidHeader("Idempotency-Key is given more than once")
+    return call.idempotency_keys[0] if call.idempotency_keys else None
+
+
+async def rotate_dek(call: Call) -> bytes:
+    """Make a thread's next DEK."""
+    call.parameters()
+    record = await dekrotation.rotate_dek(
+        call.kms, call.session, call.path["thread_id"], _idempotency_key(call), call.request_id
+    )
+    return call.answer(_created(record))
+
+
+async def create_dek_batch(call: Call) -> bytes:
+    """Make many DEKs."""
+    wanted = [
+        item if isinstance(item, KmsError) else Wanted(item.thread_id, _given(item.idempotency_key))
+        for item in _CREATE_BATCH.read(call.content_type, call.body, call.kms.bounds.batch_items)
+    ]
+    results = await lifecycle.create_deks(call.kms, call.session, wanted, call.request_id)
+    for result in results:
+        if isinstance(result, PermissionDenied):
+            call.kms.refusals.note(result, "/create_dek_batch", call.request_id)
+    return call.answer(Results([failed(r) if isinstance(r, KmsError) else _created(r) for r in results]))
+
+
+def _given(key: str | msgspec.UnsetType | None) -> str | None:
+    # An empty key is given, and refused: taken for none, each retry of its caller would make another DEK.
+    return None if key is msgspec.UNSET else key
+
+
+def _created(record: DekRecord) -> CreatedDek:
+    return CreatedDek(
+        record.key_id, record.wrapped, record.kek_id, str(record.kek_version), str(record.version)
+    )
+
+
+async def encrypt(call: Call) -> bytes:
+    """Encrypt a message."""
+    return await call.loader.answer(call.hot.encrypt, call.session, call.content_type, call.accept, call.body)
+
+
+async def decrypt(call: Call) -> bytes:
+    """Decrypt a message."""
+    return await call.loader.answer(call.hot.decrypt, call.session, call.content_type, call.accept, call.body)
+
+
+async def encrypt_batch(call: Call) -> bytes:
+    """Encrypt many messages."""
+    return await call.loader.answer(
+        call.hot.encrypt_batch, call.session, call.content_type, call.accept, call.body
+    )
+
+
+async def decrypt_batch(call: Call) -> bytes:
+    """Decrypt many messages."""
+    return await call.loader.answer(
+        call.hot.decrypt_batch, call.session, call.content_type, call.accept, call.body
+    )
+
+
+async def get_wrapped(call: Call) -> bytes:
+    """Return a wrapped DEK."""
+    key_id = call.parameters("key_id").get("key_id")
+    if key_id is None:
+        raise InvalidParameter("key_id is missing")
+    record = await lifecycle.get_wrapped(call.kms, call.session, key_id)
+    return call.answer(WrappedDek(record.wrapped, record.kek_id, str(record.kek_version)))
+
+
+async def rewrap(call: Call) -> bytes:
+    """Wrap a DEK under the active KEK."""
+    request = _REWRAP.read(call.content_type, call.body)
+    if request.new_kek_hex is not msgspec.UNSET:
+        raise KekNotAccepted("leave new_kek_hex out: a KEK never travels; the rotation brings the new one")
+    record = await lifecycle.rewrap(call.kms, call.session, request.key_id, call.request_id)
+    return call.answer(RewrappedDek(record.key_id, record.wrapped, record.kek_id, str(record.kek_version)))
+
+
+async def healthz(call: Call) -> bytes:
+    """Say that the service serves."""
+    return call.answer(Health("ok"))
+
+
+async def list_keys(call: Call) -> bytes:
+    """List keys."""
+    given = call.parameters("thread_id", "state", "limit", "cursor")
+    try:
+        state = KeyState(given["state"]) if "state" in given else None
+    except ValueError:
+        raise InvalidParameter(f"state is one of {', '.join(KeyState)}") from None
+    page = await lifecycle.list_keys(
+        call.kms,
+        call.session,
+        thread_id=given.get("thread_id"),
+        state=state,
+        limit=_limit(given),
+        cursor=given.get("cursor"),
+    )
+    return call.answer(KeyList([view_of(record) for record in page.records], page.cursor))
+
+
+def _limit(given: Mapping[str, str]) -> int:
+    limit = given.get("limit", str(PAGE_DEFAULT))
+    if not _LIMIT.fullmatch(limit) or int(limit) > PAGE_MAX:
+        raise InvalidParameter(f"limit is 1 to {PAGE_MAX}")
+    return int(limit)
+
+
+async def get_key(call: Call) -> bytes:
+    """Show a key."""
+    call.parameters()
+    return call.answer(view_of(await lifecycle.get_key(call.kms, call.session, call.path["key_id"])))
+
+
+def state_change(change: StateChange) -> Callable[[Call], Awaitable[bytes]]:
+    """Return the handler that makes one change of a key's state."""
+
+    async def handler(call: Call) -> bytes:
+        days = None
+        if change is StateChange.SCHEDULE_DESTRUCTION and call.body:
+            wanted = _SCHEDULE.read(call.content_type, call.body).waiting_days
+            days = None if wanted is msgspec.UNSET else wanted
+        key_id = call.path["key_id"]
+        record = await lifecycle.change_state(call.kms, call.session, key_id, change, call.request_id, days)
+        return call.answer(view_of(record))
+
+    return handler
+
+
+async def list_keks(call: Call) -> bytes:
+    """Show KEK versions with their census."""
+    call.parameters()
+    call.session.grants().require(Permission.READ)
+    keks = call.kms.keks
+    census = await call.kms.store.census()
+    wraps = await keks.wraps()
+    view = keks.view
+    return call.answer(
+        KekList(
+            str(view.active),
+            [
+                KekView(
+                    version=str(version),
+                    kek_id=kek.kek_id,
+                    state=str(kek.state),
+                    source=kek.source,
+                    deks=census.get(version, 0),
+                    wraps=wraps.get(version, 0),
+                    created_at=rfc3339(kek.created_at),
+                    activated_at=None if kek.activated_at is None else rfc3339(kek.activated_at),
+                    loaded=version in keks.usable,
+                )
+                for version, kek in sorted(view.keks.items())
+            ],
+        )
+    )
+
+
+async def list_rotations(call: Call) -> bytes:
+    """List rotations."""
+    limit = _limit(call.parameters("limit"))
+    found = await rotationwatch.list_rotations(call.rotations, call.session, limit)
+    return call.answer(RotationList([rotation_view(rotation) for rotation in found]))
+
+
+async def get_rotation(call: Call) -> bytes:
+    """Show a rotation."""
+    call.parameters()
+    found = await rotationwatch.get_rotation(call.rotations, call.session, call.path["rotation_id"])
+    return call.answer(rotation_view(found))
+
+
+async def list_backups(call: Call) -> bytes:
+    """Show snapshots and exports."""
+    call.parameters()
+    call.session.grants().require(Permission.READ)
+    snapshots = []
+    for rotation_id, manifests in sorted((await call.kms.backups.snapshots()).items()):
+        rotation = await call.kms.ledger.get(rotation_id)
+        counts = [manifest.count for manifest in manifests.values()]
+        finished = rotation.finished_at if rotation is not None else None
+        snapshots.append(
+            SnapshotView(
+                rotation_id=rotation_id,
+                slots=len(counts),
+                records=sum(count for count in counts if count >= 0),
+                unsealed=sum(count < 0 for count in counts),
+                finished_at=None if finished is None else rfc3339(finished),
+            )
+        )
+    exports = [
+        ExportView(
+            export_id=note.export_id,
+            kind=str(note.kind),
+            began_at=rfc3339(note.began_at),
+            finished_at=None if note.finished_at is None else rfc3339(note.finished_at),
+            rotation_id=note.rotation_id,
+            records=note.records,
+            tombstones=note.tombstones,
+            sha256=note.sha256,
+            kek_versions=[str(version) for version in note.kek_versions],
+        )
+        for note in await call.kms.backups.exports()
+    ]
+    return call.answer(BackupList(snapshots, exports))
