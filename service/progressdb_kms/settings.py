@@ -201,7 +201,7 @@ class Rotation(_Section, frozen=True, kw_only=True):
     distribute: Literal["patch", "external"] = "patch"
     kubernetes: KubernetesSecret | None = None
     wait: SecondsOrZero = 120
-    batch: Annotated[int, Meta(ge=1, le=1000)] = 250
+    batch: Annotated[int, Meta(ge=1, le=1000)] = 128
     max_rate: Annotated[int, Meta(ge=0, le=10_000_000)] = 0
 
 

@@ -75,7 +75,7 @@ class Conduct:
     """
 
     wait: float = 120.0
-    page: int = 250
+    page: int = 128
     max_rate: int = 0
     verify_sample: int = 0
     patience: float = STORE_PATIENCE

@@ -121,6 +121,9 @@ class Campaign:
         self._watch.look()
         self._watch.end()
         self._recorder.decrypt_all()
+        # Their sweep destroys keys at any time: what is read key by key has to rest.
+        for service in self.services:
+            service.stop()
         violations, self.stored = examine(self.world, self.history)
         return violations
 
