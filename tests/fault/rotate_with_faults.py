@@ -3,11 +3,13 @@
 `PROGRESSDB_KMS_FAULT_POINT=name[:N]` ends this process by SIGKILL when the rotation job reaches that
 transition for the Nth time (the first without N). `PROGRESSDB_KMS_LEASE` shortens leases, in seconds, so
 that the next run need not wait for those of a killed one. `PROGRESSDB_KMS_LIVE` does so for the time for
-which a silent instance counts as live.
+which a silent instance counts as live, and `PROGRESSDB_KMS_PATIENCE` for the time for which a run goes on
+while the store is away.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import signal
@@ -21,6 +23,7 @@ from progressdb_kms.usecases import crew
 POINT = "PROGRESSDB_KMS_FAULT_POINT"
 LEASE = "PROGRESSDB_KMS_LEASE"
 LIVE = "PROGRESSDB_KMS_LIVE"
+PATIENCE = "PROGRESSDB_KMS_PATIENCE"
 
 
 def main() -> int:
@@ -41,6 +44,9 @@ def main() -> int:
         crew.RENEW = crew.LEASE / 4  # type: ignore[misc]
     if LIVE in os.environ:
         crew.LIVE = float(os.environ[LIVE])  # type: ignore[misc]
+    if PATIENCE in os.environ:
+        patience = float(os.environ[PATIENCE])
+        job.Conduct = functools.partial(crew.Conduct, patience=patience)  # type: ignore[attr-defined]
     return run(sys.argv[1:])
 
 
