@@ -46,7 +46,7 @@ def main() -> int:
         crew.LIVE = float(os.environ[LIVE])  # type: ignore[misc]
     if PATIENCE in os.environ:
         patience = float(os.environ[PATIENCE])
-        job.Conduct = functools.partial(crew.Conduct, patience=patience)  # type: ignore[attr-defined]
+        job.Conduct = functools.partial(crew.Conduct, patience=patience)  # type: ignore[attr-defined,assignment]
     return run(sys.argv[1:])
 
 
