@@ -275,7 +275,7 @@ def test_killed_at_every_transition(world: World, a: Instance, sealed: Sealed) -
 
 def test_stops_between_slots_and_is_resumed(world: World, a: Instance, sealed: Sealed) -> None:
     """SIGTERM ends a run with 75 and gives the lock back, so that the next run goes on at once."""
-    job = Job(a, "--max-rate", "40000")
+    job = Job(a, "--max-rate", str(KEYS // 6))
     job.wait_for("step", step="rewrap")
     job.process.send_signal(signal.SIGTERM)
     assert job.result(75)["outcome"] == "stopped"
@@ -285,9 +285,15 @@ def test_stops_between_slots_and_is_resumed(world: World, a: Instance, sealed: S
     assert stored_versions(world) == {"2": KEYS}
 
 
+def test_the_rate_counts_records(world: World, a: Instance, sealed: Sealed) -> None:
+    """Not pages, of which every slot has one: a run at as many records a second as there are ends."""
+    job = Job(a, "--max-rate", str(KEYS))
+    assert job.result()["counts"]["verified"] == KEYS
+
+
 def test_a_worker_shares_the_work(world: World, a: Instance, sealed: Sealed) -> None:
     """A worker does slots of a running rotation, and ends with it."""
-    leader = Job(a, "--max-rate", "60000")
+    leader = Job(a, "--max-rate", str(KEYS // 4))
     leader.wait_for("step", step="activate")
     worker = Job(a, "--worker")
     assert leader.result()["outcome"] == "clean"

@@ -34,7 +34,7 @@ def test_four_processes_share_a_rotation(group: Group, tmp_path: Path) -> None:
         instance = world.instance("a", store={"url": group.url, "min_replicas": 1}).start()
         client = instance.client("operator")
         sealed = make_keys(client, KEYS)
-        leader = Job(instance, "--max-rate", "4000", lease=LEASE)
+        leader = Job(instance, "--max-rate", str(KEYS // 60), lease=LEASE)
         jobs.append(leader)
         leader.wait_for("step", step="activate")
         workers = [Job(instance, "--worker", "--json", lease=LEASE) for _ in range(3)]

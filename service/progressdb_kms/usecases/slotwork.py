@@ -74,9 +74,10 @@ class SlotWork:
             return Counter()
         manifest = await slots.begin_snapshot(claim, rotation_id, records)
         for version in versions:
-            cursor = 0
+            cursor, left = 0, await slots.count(claim.tag, version)
             while True:
-                await self._pace.wait(self._page)
+                await self._pace.wait(min(left, self._page))
+                left = max(0, left - self._page)
                 cursor = await slots.snapshot(claim, rotation_id, version, cursor, self._page)
                 if not cursor:
                     break
@@ -128,8 +129,8 @@ class SlotWork:
                     break
                 cursor = 0
                 while True:
-                    await self._pace.wait(self._page)
                     page = await self._slots.page(claim.tag, version, cursor, self._page)
+                    await self._pace.wait(len(page.records))
                     for key_id in page.missing:
                         bad[key_id] = Quarantined(
                             key_id, "the census names it, but its record differs", version
@@ -183,7 +184,6 @@ class SlotWork:
         share = -(-sample // len(ALL_TAGS)) if sample else 0
         cursor = 0
         while True:
-            await self._pace.wait(self._page)
             size = min(self._page, share) if share else self._page
             page = await self._slots.page(
                 claim.tag, rotation.target_version, cursor, size, backup=rotation.rotation_id
@@ -193,6 +193,7 @@ class SlotWork:
                     key_id, "the census names it, but its record differs", rotation.target_version
                 )
             records = page.records
+            await self._pace.wait(len(records))
             aads = [wrap_aad(record.key_id, record.thread_id) for record in records]
             deks = await self._unwrap([record.wrapped for record in records], aads)
             copied = [number for number, record in enumerate(records) if record.backup]
@@ -250,7 +251,8 @@ class _Pace:
         self._free_at = 0.0
 
     async def wait(self, records: int) -> None:
-        if not self._rate:
+        """Wait for as long as so many records take. Never for pages: most slots have less than one."""
+        if not self._rate or not records:
             return
         now = time.monotonic()
         self._free_at = max(self._free_at, now) + records / self._rate
