@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
-from progressdb_kms.domain.errors import InternalError, StaleKek
+from progressdb_kms.domain.errors import InternalError, StaleKek, StoreUnavailable
 from progressdb_kms.domain.keys import DekRecord, KeyState, NewDek, StateChange, slot_tag
+from progressdb_kms.store.redis.thread_rotation import ThreadRotation
 from tests.store.conftest import Harness, new_dek, new_kek
+from tests.store.servers import Server
 
 NOW = 1_700_000_000
 
@@ -46,6 +50,56 @@ async def test_thread_with_many_keys(harness: Harness) -> None:
     assert record.version == 601
     page = await harness.store.keys.list_keys(thread_id="a", state=KeyState.ENABLED, limit=1000, cursor=None)
     assert [found.key_id for found in page.records] == [record.key_id]
+
+
+async def _enabled(harness: Harness, thread_id: str) -> list[str]:
+    page = await harness.store.keys.list_keys(
+        thread_id=thread_id, state=KeyState.ENABLED, limit=1000, cursor=None
+    )
+    return [record.key_id for record in page.records]
+
+
+async def test_replay_in_a_thread_with_many_keys(harness: Harness) -> None:
+    """Keys made since a rotation stay enabled when it is asked for again, however many they are."""
+    dek = new_dek("a")
+    made = await harness.store.keys.rotate(dek)
+    await _make(harness, *(new_dek("a") for _ in range(300)))
+    assert await harness.store.keys.rotate(dek) == made
+    assert len(await _enabled(harness, "a")) == 301
+
+
+async def test_floor_holds_in_a_thread_with_many_keys(harness: Harness) -> None:
+    """A wrap below the floor supersedes nothing, however many keys there are."""
+    await _make(harness, *(new_dek("a") for _ in range(300)))
+    harness.set_floor("a", 2)
+    with pytest.raises(StaleKek):
+        await harness.store.keys.rotate(new_dek("a"))
+    assert len(await _enabled(harness, "a")) == 300
+
+
+async def test_broken_off_between_two_parts(
+    own_server: Callable[..., Server], opened: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever dies in the middle leaves the latest keys enabled, and the thread can be rotated."""
+    keys = (await opened(own_server("redis").url)).keys
+    made = [record.key_id for record in await keys.create([new_dek("a") for _ in range(600)])]
+
+    async def enabled() -> list[str]:
+        page = await keys.list_keys(thread_id="a", state=KeyState.ENABLED, limit=1000, cursor=None)
+        return [record.key_id for record in page.records]
+
+    async def dies(*_: object) -> None:
+        raise StoreUnavailable("died")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ThreadRotation, "_store", dies)
+        with pytest.raises(StoreUnavailable, match="died"):
+            await keys.rotate(new_dek("a"))
+    left = await enabled()
+    assert 0 < len(left) <= 256
+    assert left == made[-len(left) :]
+    record = await keys.rotate(new_dek("a"))
+    assert await enabled() == [record.key_id]
 
 
 async def test_replay_changes_nothing(harness: Harness) -> None:

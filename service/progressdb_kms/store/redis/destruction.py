@@ -14,10 +14,9 @@ from progressdb_kms.ports import Destroyed, Resealed
 from progressdb_kms.store.redis import scripts
 from progressdb_kms.store.redis.address import Endpoint
 from progressdb_kms.store.redis.failures import Failure
-from progressdb_kms.store.redis.keys import NOTICE_MAX_AGE_MS
 from progressdb_kms.store.redis.link import Reply
 from progressdb_kms.store.redis.node import Node, parse_info
-from progressdb_kms.store.redis.notices import Notices
+from progressdb_kms.store.redis.notices import NOTICE_MAX_AGE_MS, Notices
 from progressdb_kms.store.redis.router import Call, Router, checked, script_call
 from progressdb_kms.store.redis.schema import (
     CONTROL,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Final
 
 from progressdb_kms.domain.errors import (
     InternalError,
@@ -30,7 +29,7 @@ from progressdb_kms.store.redis import scripts
 from progressdb_kms.store.redis.failures import Failure
 from progressdb_kms.store.redis.link import Reply
 from progressdb_kms.store.redis.listing import list_all, list_thread
-from progressdb_kms.store.redis.notices import Notices
+from progressdb_kms.store.redis.notices import NOTICE_MAX_AGE_MS, Notices
 from progressdb_kms.store.redis.router import Call, Router, checked, script_call
 from progressdb_kms.store.redis.schema import (
     CONTROL,
@@ -44,11 +43,9 @@ from progressdb_kms.store.redis.schema import (
     record_key,
     thread_key,
 )
+from progressdb_kms.store.redis.thread_rotation import ThreadRotation
 from progressdb_kms.store.settings import StoreSettings
 from progressdb_kms.store.states import invalid_transition, settled_states
-
-NOTICE_MAX_AGE_MS: Final = 2000
-"""Longest time between a notice and its change: instances keep a noticed key out of memory for 5 s."""
 
 
 class RedisKeys:
@@ -58,6 +55,7 @@ class RedisKeys:
         self._router = router
         self._settings = settings
         self._notices = Notices(router, settings)
+        self._rotation = ThreadRotation(router, settings, self._notices)
 
     async def create(self, deks: Sequence[NewDek]) -> list[DekRecord | KmsError]:
         """Store new DEKs; see ``KeyStore.create``. No error is raised: each item has its own."""
@@ -65,58 +63,11 @@ class RedisKeys:
         return [_created(dek, reply) for dek, reply in zip(deks, replies, strict=True)]
 
     async def rotate(self, dek: NewDek) -> DekRecord:
-        """Store a thread's new DEK and supersede its others; see ``KeyStore.rotate``.
-
-        The notices' age is measured as in ``change_state``.
-        """
-        tag = slot_tag(dek.thread_id)
-        thread = thread_key(tag, dek.thread_id)
-        try:
-            async with asyncio.timeout(2 * self._settings.command_timeout):
-                while True:
-                    enabled = await self._enabled(tag, thread)
-                    seconds, microseconds = await self._router.read_one(Call(tag, ("TIME",)))
-                    await self._notices.put(*enabled)
-                    call = script_call(
-                        tag,
-                        scripts.ROTATE_DEK,
-                        (
-                            record_key(tag, dek.key_id),
-                            thread,
-                            census_key(tag, dek.kek_version),
-                            control_key(tag),
-                        ),
-                        dek.key_id,
-                        dek.thread_id,
-                        dek.wrapped,
-                        dek.kek_id,
-                        dek.kek_version,
-                        dek.created_at,
-                        dek.created_by,
-                        int(seconds) * 1000 + int(microseconds) // 1000,
-                        NOTICE_MAX_AGE_MS,
-                        record_key(tag, ""),
-                        ",".join(enabled),
-                        *FIELDS,
-                    )
-                    reply = await self._router.write_one(call)
-                    if reply[0] != b"late":
-                        break
-        except TimeoutError:
-            raise StoreUnavailable("the store did not rotate the thread's key in time") from None
-        result = _created(dek, reply)
+        """Store a thread's new DEK and supersede its others; see ``KeyStore.rotate``."""
+        result = _created(dek, await self._rotation.rotate(dek))
         if isinstance(result, KmsError):
             raise result
         return result
-
-    async def _enabled(self, tag: str, thread: str) -> list[str]:
-        names = await self._router.read_one(Call(tag, ("ZRANGE", thread, 0, -1)))
-        key_ids = [name.decode() for name in names]
-        replies = await self._router.read(
-            [Call(tag, ("HGET", record_key(tag, key_id), "state")) for key_id in key_ids]
-        )
-        states = [checked(reply) for reply in replies]
-        return [key_id for key_id, state in zip(key_ids, states, strict=True) if state == b"enabled"]
 
     async def get(self, key_ids: Sequence[str]) -> list[DekRecord | None]:
         """Return the records, in order; None where there is none."""

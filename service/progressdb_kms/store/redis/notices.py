@@ -16,6 +16,8 @@ from progressdb_kms.store.settings import StoreSettings
 KEPT_MS: Final = 300_000
 """How long a notice is kept: whoever has not read for longer starts with an empty memory."""
 _AT_ONCE: Final = 5000
+NOTICE_MAX_AGE_MS: Final = 2000
+"""Longest time between a notice and its change: instances keep a noticed key out of memory for 5 s."""
 
 
 class Notices:
