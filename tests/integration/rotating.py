@@ -124,7 +124,7 @@ def assert_readable(client: Client, sealed: Sealed) -> None:
     results: list[dict[str, Any]] = []
 
     def answered() -> bool:
-        # A machine that is busy with other tests may keep the store from answering in time; nothing else passes.
+        # A busy machine may keep the store from answering in time; no other error is asked again.
         results[:] = client.post("/decrypt_batch", {"items": items}).ok()["results"]
         return not any(result.get("error", {}).get("retryable") for result in results)
 
