@@ -117,7 +117,7 @@ async def test_slot_on_the_move(group: Group, opened: Callable[..., Any]) -> Non
 
     A Cluster runs no script on keys of such a slot that are not all there yet, as a new key's are not.
     """
-    store = await opened(group.url, min_replicas=1, command_timeout=0.5)
+    store = await opened(group.url, min_replicas=1, command_timeout=3)
     (old,) = await store.keys.create([new_dek("moving")])
     slot = SLOTS[slot_tag("moving")]
     owner = next(n for n, (first, last) in enumerate(RANGES) if first <= slot <= last)
