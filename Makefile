@@ -39,8 +39,8 @@ run: install system-packages ## serve from .dev over mTLS, show a round trip, un
 	$(KMS) dev --dir .dev --demo $(ARGS)
 
 .PHONY: test
-test: install system-packages ## every test but the wheel's and the long campaigns, with branch coverage
-	$(PYTEST) -n $(WORKERS) --dist loadscope -m 'not wheel and not campaign' --cov --cov-report=term $(ARGS)
+test: install system-packages ## every test but the wheel's, with branch coverage
+	$(PYTEST) -n $(WORKERS) --dist loadscope -m 'not wheel' --cov --cov-report=term $(ARGS)
 
 .PHONY: test-fault
 test-fault: export FAULT_RUNS ?= 200

@@ -31,7 +31,8 @@ def test_four_processes_share_a_rotation(group: Group, tmp_path: Path) -> None:
     world = World()
     jobs: list[Job] = []
     try:
-        instance = world.instance("a", store={"url": group.url, "min_replicas": 1}).start()
+        store = {"url": group.url, "min_replicas": 1, "command_timeout": 10}  # the nodes share two cores
+        instance = world.instance("a", store=store).start()
         client = instance.client("operator")
         sealed = make_keys(client, KEYS)
         leader = Job(instance, "--max-rate", str(KEYS // 60), lease=LEASE)

@@ -65,10 +65,11 @@ def sealed(a: Instance) -> Sealed:
     return make_keys(a.client("server"), KEYS)
 
 
-def failed(job: Job, *said: str) -> None:
-    """Assert that a run ended with an error, in one line that says these things."""
+def failed(job: Job, code: str, *said: str) -> None:
+    """Assert that a run ended with this error, in one line that says these things."""
     assert job.exit_code() == 1, job.text
     (line,) = [line for line in job.errors.splitlines() if line.startswith("progressdb-kms:")]
+    assert line.endswith(f"({code})")
     for each in said:
         assert each in line
 
@@ -82,22 +83,22 @@ HALF = kek_text({1: KEK_1, 2: KEK_2})[:-30]
 
 
 @pytest.mark.parametrize(
-    "text, said",
+    "text, code, said",
     [
-        (kek_text({1: KEK_2}), "version 1"),
-        (kek_text({2: KEK_2}), "version 1"),
-        ("", "write either master_key_hex"),
-        (HALF, "line"),
+        (kek_text({1: KEK_2}), "rotation_refused", "version 1"),
+        (kek_text({2: KEK_2}), "rotation_refused", "version 1"),
+        ("", "kek_file_invalid", "write either master_key_hex"),
+        (HALF, "kek_file_invalid", "line"),
     ],
     ids=["another key", "without the active one", "empty", "half-written"],
 )
-def test_a_wrong_kek_file(world: World, a: Instance, sealed: Sealed, text: str, said: str) -> None:
+def test_a_wrong_kek_file(world: World, a: Instance, sealed: Sealed, text: str, code: str, said: str) -> None:
     """Nothing begins, nothing is changed, the file stays as it is; with the right one all goes on."""
     good = world.kek_file.read_text()
     a.stop()
     before = stored(world)
     write_private(world.kek_file, text)
-    failed(Job(a), said)
+    failed(Job(a), code, said)
     assert world.kek_file.read_text() == text
     assert stored(world) == before
     write_private(world.kek_file, good)
@@ -122,7 +123,7 @@ def test_out_of_memory(world: World, a: Instance, sealed: Sealed) -> None:
     """A store that takes no more writes stops the run with its reason; with memory it goes on."""
     broken_off(a)
     world.store.configure(maxmemory="1mb")
-    failed(Job(a, lease=0.5, environment=IMPATIENT), "maxmemory")
+    failed(Job(a, lease=0.5, environment=IMPATIENT), "store_unavailable", "maxmemory")
     world.store.configure(maxmemory="0")
     resumed(world, a, sealed)
 
@@ -131,7 +132,7 @@ def test_became_a_replica(world: World, a: Instance, sealed: Sealed) -> None:
     """A store that only reads stops the run; as a primary again it goes on."""
     broken_off(a)
     world.store.ask("REPLICAOF", "127.0.0.1", "1")
-    failed(Job(a, lease=0.5, environment=IMPATIENT), "replica")
+    failed(Job(a, lease=0.5, environment=IMPATIENT), "store_not_durable", "replica")
     world.store.ask("REPLICAOF", "NO", "ONE")
     resumed(world, a, sealed)
 
@@ -143,7 +144,7 @@ def test_full_disk(small: World, disk: Path) -> None:
     broken_off(a)
     with (disk / "ballast").open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free)
-    failed(Job(a, lease=0.5, environment=IMPATIENT), "store")
+    failed(Job(a, lease=0.5, environment=IMPATIENT), "store_unavailable")
     store = small.store.process
     assert store
     eventually(lambda: store.poll() is not None, "the store has ended")

@@ -54,7 +54,7 @@ def test_locks_agree_with_pyproject(project: Path) -> None:
         ("pyproject.toml", '"msgspec>=0.20,<1"', '"msgspec>=99"', "is outside >=99"),
         ("requirements/client.txt", "httpcore==", "httpcore>=", "not an exact version"),
         ("requirements/client.txt", "msgspec==", "msgspec==9", "differs from dev.txt"),
-        ("requirements/server.txt", "quart==", "--index-url x://y\nquart==", "holds an address"),
+        ("requirements/server.txt", "quart==", "quart @ x://y/quart.whl\nquart==", "holds an address"),
     ],
 )
 def test_a_wrong_lock_is_named(project: Path, file: str, old: str, new: str, complaint: str) -> None:

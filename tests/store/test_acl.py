@@ -13,8 +13,9 @@ from progressdb_kms.domain.errors import KmsError
 from progressdb_kms.domain.keys import DekRecord, KeyState, StateChange
 from progressdb_kms.ports import Heartbeat
 from progressdb_kms.store import redis as store_package
+from progressdb_kms.store.redis import StoreSettings, open_store
 from tests.store.conftest import new_dek, new_kek
-from tests.store.servers import Server
+from tests.store.servers import ALWAYS, Server
 
 PAGE = Path(__file__).parents[2] / "docs" / "redis-acl.md"
 CLUSTER_ONLY = {"asking", "cluster|info", "cluster|slots"}
@@ -120,3 +121,34 @@ async def test_forbidden_command_is_explained(
     with pytest.raises(KmsError, match=r"docs/redis-acl\.md") as caught:
         await store.keys.get(["k_AAAAAAAAAAAAAAAAAAAAAAAAAAAA"])
     assert "k_AA" not in caught.value.detail
+
+
+@pytest.mark.parametrize("kind", ["redis", "valkey"])
+async def test_the_default_user_may_be_switched_off(kind: str, tmp_path: Path) -> None:
+    """With the documented line a restart loses nothing: append-only files are loaded as the default user."""
+    (line,) = re.findall(r"`(user default off [^`]+)`", PAGE.read_text())[:1]
+    file = tmp_path / "users.acl"
+    file.write_text(f"{line}\nuser kms on >change-me ~* &* +@all\n")
+    login: dict[str, Any] = {"username": "kms", "password": "change-me"}
+
+    class Secured(Server):
+        """Answers to nobody else."""
+
+        def ask(self, *command: str | int | bytes, **_: Any) -> Any:
+            """Run a command as that user."""
+            return super().ask(*command, **login)
+
+    server = Secured(kind, tmp_path / "server", {**ALWAYS, "aclfile": str(file)}).start()
+    try:
+        store = await open_store(StoreSettings(server.url, **login))
+        await store.registry.initialise(new_kek())
+        (record,) = await store.keys.create([new_dek("room:1")])
+        await store.close()
+        server.kill()
+        server.start()
+        store = await open_store(StoreSettings(server.url, **login))
+        assert isinstance(record, DekRecord)
+        assert await store.keys.get([record.key_id]) == [record]
+        await store.close()
+    finally:
+        server.kill()

@@ -156,3 +156,20 @@ async def test_rotations_at_once_leave_one_enabled(harness: Harness) -> None:
     enabled = [record for record in page.records if record.state is KeyState.ENABLED]
     assert [record.version for record in enabled] == [6]
     assert sorted(record.version for record in made) == [2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("number", [1, 300])
+async def test_always_late(
+    own_server: Callable[..., Server],
+    opened: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+) -> None:
+    """Where notices always are too old, a rotation ends with an error, and has changed nothing."""
+    monkeypatch.setattr("progressdb_kms.store.redis.thread_rotation.NOTICE_MAX_AGE_MS", -1)
+    keys = (await opened(own_server("redis").url, command_timeout=0.3)).keys
+    await keys.create([new_dek("a") for _ in range(number)])
+    with pytest.raises(StoreUnavailable, match="in time"):
+        await keys.rotate(new_dek("a"))
+    page = await keys.list_keys(thread_id="a", state=KeyState.ENABLED, limit=1000, cursor=None)
+    assert len(page.records) == number

@@ -5,14 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from progressdb_kms.domain.errors import (
-    InvalidParameter,
-)
+from progressdb_kms.domain.errors import InvalidParameter
 from progressdb_kms.domain.policy import Permission
 from progressdb_kms.usecases.encryption import Hot
-from progressdb_kms.usecases.messages import (
-    encode,
-)
+from progressdb_kms.usecases.messages import encode
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -70,11 +66,13 @@ class Route:
         handler: What answers.
         summary: One line for the documentation.
         permission: What the caller needs, None for any certificate that is let in.
-        takes: Model of the body, None for none; ``batch_of`` the model of a batch's item.
+        takes: Model of the body, or of a batch's item; None for no body.
         gives: Model of the answer.
         batch: The larger body limit applies.
         body_optional: An empty body is fine.
         parameters: Query parameters: name to schema.
+        required: Those that must be given.
+        idempotent_create: Takes an Idempotency-Key.
         also: What the caller needs besides ``permission``; the handler sees to it.
     """
 

@@ -49,7 +49,6 @@ from progressdb_kms.usecases.messages import (
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
-    from progressdb_kms.domain.keys import DekRecord
 
 PAGE_DEFAULT: Final = 100
 PAGE_MAX: Final = 1000
@@ -69,7 +68,7 @@ async def create_dek_for_thread(call: Call) -> bytes:
     )
     if isinstance(result, KmsError):
         raise result
-    return call.answer(_created(result))
+    return call.answer(CreatedDek.of(result))
 
 
 def _idempotency_key(call: Call) -> str | None:
@@ -84,31 +83,20 @@ async def rotate_dek(call: Call) -> bytes:
     record = await dekrotation.rotate_dek(
         call.kms, call.session, call.path["thread_id"], _idempotency_key(call), call.request_id
     )
-    return call.answer(_created(record))
+    return call.answer(CreatedDek.of(record))
 
 
 async def create_dek_batch(call: Call) -> bytes:
     """Make many DEKs."""
     wanted = [
-        item if isinstance(item, KmsError) else Wanted(item.thread_id, _given(item.idempotency_key))
+        item if isinstance(item, KmsError) else Wanted(item.thread_id, item.once)
         for item in _CREATE_BATCH.read(call.content_type, call.body, call.kms.bounds.batch_items)
     ]
     results = await lifecycle.create_deks(call.kms, call.session, wanted, call.request_id)
     for result in results:
         if isinstance(result, PermissionDenied):
             call.kms.refusals.note(result, "/create_dek_batch", call.request_id)
-    return call.answer(Results([failed(r) if isinstance(r, KmsError) else _created(r) for r in results]))
-
-
-def _given(key: str | msgspec.UnsetType | None) -> str | None:
-    # An empty key is given, and refused: taken for none, each retry of its caller would make another DEK.
-    return None if key is msgspec.UNSET else key
-
-
-def _created(record: DekRecord) -> CreatedDek:
-    return CreatedDek(
-        record.key_id, record.wrapped, record.kek_id, str(record.kek_version), str(record.version)
-    )
+    return call.answer(Results([failed(r) if isinstance(r, KmsError) else CreatedDek.of(r) for r in results]))
 
 
 async def encrypt(call: Call) -> bytes:

@@ -25,8 +25,10 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
+from progressdb_kms.domain.errors import InstancesMissing
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
 
 class Step(StrEnum):
@@ -118,3 +120,11 @@ def slot_digest(buckets: Iterable[bytes]) -> str:
     for bucket in buckets:
         digest.update(bucket)
     return digest.hexdigest()
+
+
+def instances_missing(version: int, instances: Sequence[str]) -> InstancesMissing:
+    """Return the error that names the live instances without a version."""
+    return InstancesMissing(
+        f"KEK version {version} is not loaded by: {', '.join(instances)}; bring it to them or stop them, then"
+        " run again"
+    )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from progressdb_kms.domain.errors import InstancesMissing, KekMismatch, RotationRefused
+from progressdb_kms.domain.errors import KekMismatch, RotationRefused
 from progressdb_kms.domain.keyring import KekInfo, KekState
 from progressdb_kms.ports import RegistryView
 
@@ -60,14 +60,6 @@ def activated(view: RegistryView, version: int, now: int) -> RegistryChange:
     if (before := view.keks.get(view.active)) is not None:
         changed[view.active] = replace(before, state=KekState.DECRYPT_ONLY)
     return RegistryChange(version, changed)
-
-
-def instances_missing(version: int, instances: Sequence[str]) -> InstancesMissing:
-    """Return the error that names the live instances without a version."""
-    return InstancesMissing(
-        f"KEK version {version} is not loaded by: {', '.join(instances)}; bring it to them or stop them, then"
-        " run again"
-    )
 
 
 def retired(view: RegistryView, version: int) -> RegistryChange:

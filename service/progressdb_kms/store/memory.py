@@ -15,9 +15,10 @@ from typing import Final, Self
 from progressdb_kms.domain.errors import InternalError, KeyNotFound, KmsError, RegistryLost, StaleKek
 from progressdb_kms.domain.keyring import KekInfo, KekState
 from progressdb_kms.domain.keys import DekRecord, KeyState, NewDek, StateChange, locate, slot_tag
+from progressdb_kms.domain.rotation import instances_missing
 from progressdb_kms.ports import Changes, Heartbeat, KeyPage, Lock, RegistryView, StoreStatus
 from progressdb_kms.store.cursors import decode_cursor, encode_cursor
-from progressdb_kms.store.kek_states import RegistryChange, activated, instances_missing, retired, staged
+from progressdb_kms.store.kek_states import RegistryChange, activated, retired, staged
 from progressdb_kms.store.memory_backups import MemoryBackups, MemoryDestruction, Shelves
 from progressdb_kms.store.memory_escrow import MemoryEscrowBox
 from progressdb_kms.store.memory_rotation import MemoryLedger, MemorySlots

@@ -22,6 +22,7 @@ from progressdb_kms.domain.errors import (
     MalformedBody,
     UnsupportedMediaType,
 )
+from progressdb_kms.domain.keys import DekRecord
 
 JSON: Final = "application/json"
 MSGPACK: Final = "application/msgpack"
@@ -54,6 +55,14 @@ class CreateItem(Struct, frozen=True, forbid_unknown_fields=True):
 
     thread_id: str
     idempotency_key: str | UnsetType | None = UNSET
+
+    @property
+    def once(self) -> str | None:
+        """The idempotency key, None where there is none.
+
+        An empty one is given, and refused: taken for none, each retry of its caller would make another DEK.
+        """
+        return None if self.idempotency_key is UNSET else self.idempotency_key
 
 
 class CreateRequest(Struct, frozen=True, forbid_unknown_fields=True):
@@ -96,6 +105,11 @@ class CreatedDek(Struct, frozen=True):
 
     def __repr__(self) -> str:
         return f"CreatedDek(key_id={self.key_id!r}, wrapped=<hidden>)"
+
+    @classmethod
+    def of(cls, record: DekRecord) -> CreatedDek:
+        """Return a stored key as its maker is told of it."""
+        return cls(record.key_id, record.wrapped, record.kek_id, str(record.kek_version), str(record.version))
 
 
 class WrappedDek(Struct, frozen=True):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from progressdb_kms.domain.errors import InstancesMissing, RotationRefused
 from progressdb_kms.domain.keyring import KekInfo, KekState, kek_id_of
 from progressdb_kms.domain.keys import ALL_TAGS
-from progressdb_kms.domain.rotation import SHARED, Rotation, Step, advance
+from progressdb_kms.domain.rotation import SHARED, Rotation, Step, advance, instances_missing
 from progressdb_kms.usecases.crew import (
     IDLE,
     Conduct,
@@ -251,9 +251,6 @@ class Rotator(Crew):
                 return
             parts.progress.waiting(missing, [beat.instance for beat in gone])
             if parts.now() >= deadline:
-                raise InstancesMissing(
-                    f"KEK version {version} is not loaded by: {', '.join(missing)}; bring it to them or"
-                    " stop them, then run again"
-                )
+                raise instances_missing(version, missing)
             self._go_on()
             await asyncio.sleep(IDLE)

@@ -69,12 +69,13 @@ class SlotWork:
     async def _snapshot(self, rotation: Rotation, claim: Claim) -> Counter[str]:
         slots, rotation_id = self._slots, rotation.rotation_id
         versions = self._old(rotation)
-        records = sum([await slots.count(claim.tag, version) for version in versions])
+        counts = {version: await slots.count(claim.tag, version) for version in versions}
+        records = sum(counts.values())
         if not records:
             return Counter()
         manifest = await slots.begin_snapshot(claim, rotation_id, records)
-        for version in versions:
-            cursor, left = 0, await slots.count(claim.tag, version)
+        for version, number in counts.items():
+            cursor, left = 0, number
             while True:
                 await self._pace.wait(min(left, self._page))
                 left = max(0, left - self._page)

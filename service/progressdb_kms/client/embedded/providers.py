@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 import uuid
 from collections.abc import Coroutine
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 from progressdb_kms.client.embedded.sender import EmbeddedSender
 from progressdb_kms.client.exchange import Options
@@ -15,23 +14,8 @@ from progressdb_kms.client.protocol import Call, binary
 from progressdb_kms.client.senders import SenderProvider, SyncSenderProvider
 from progressdb_kms.client.types import Encrypted
 from progressdb_kms.domain.keys import DEK_BYTES
-from progressdb_kms.usecases.messages import (
-    BatchReader,
-    CreateItem,
-    CreateRequest,
-    Reader,
-)
 
 T = TypeVar("T")
-
-_PERMISSIONS: Final = ["key:create", "key:encrypt", "key:decrypt", "key:read", "key:admin"]
-_UNNAMED: Final = ("", "")
-"""Names that a wrap of a caller's own DEK binds. No stored record has an empty key_id, so neither kind of
-blob can pass for the other."""
-_CREATE: Final = Reader(CreateRequest)
-_CREATE_BATCH: Final = BatchReader(CreateItem)
-
-_log: Final = logging.getLogger("progressdb_kms.client")
 
 
 def _raw_dek(dek: bytes) -> bytes:

@@ -20,7 +20,6 @@ from progressdb_kms.domain.envelope import NONCE_BYTES, parse_blob, wrap_aad
 from progressdb_kms.domain.errors import KmsError
 from progressdb_kms.domain.identity import Identity, IdentityKind
 from progressdb_kms.domain.keyring import KEK_BYTES, Keyring
-from progressdb_kms.domain.keys import DekRecord
 from progressdb_kms.domain.policy import parse_policy
 from progressdb_kms.ports import AuditEvent
 from progressdb_kms.store.memory import MemoryStore
@@ -231,23 +230,23 @@ class EmbeddedSender:
         (result,) = await lifecycle.create_deks(self._kms, self._session, [wanted], "")
         if isinstance(result, KmsError):
             raise result
-        return encode(MSGPACK, _created(result))
+        return encode(MSGPACK, CreatedDek.of(result))
 
     async def _rotate(self, call: Call[Any], _: bytes) -> bytes:
         thread_id = unquote(call.path.removeprefix(THREADS).rpartition("/")[0])
         record = await rotate_dek(self._kms, self._session, thread_id, call.idempotency_key, "")
-        return encode(MSGPACK, _created(record))
+        return encode(MSGPACK, CreatedDek.of(record))
 
     async def _create_batch(self, _: Call[Any], body: bytes) -> bytes:
         wanted = [
-            item if isinstance(item, KmsError) else Wanted(item.thread_id, _given(item.idempotency_key))
+            item if isinstance(item, KmsError) else Wanted(item.thread_id, item.once)
             for item in _CREATE_BATCH.read(MSGPACK, body, self._kms.bounds.batch_items)
         ]
         results = await lifecycle.create_deks(self._kms, self._session, wanted, "")
         return encode(
             MSGPACK,
             Results(
-                [failed(result) if isinstance(result, KmsError) else _created(result) for result in results]
+                [failed(each) if isinstance(each, KmsError) else CreatedDek.of(each) for each in results]
             ),
         )
 
@@ -257,13 +256,3 @@ class EmbeddedSender:
 
     async def _health(self, _: Call[Any], __: bytes) -> bytes:
         return b'{"status": "ok"}'
-
-
-def _created(record: DekRecord) -> CreatedDek:
-    return CreatedDek(
-        record.key_id, record.wrapped, record.kek_id, str(record.kek_version), str(record.version)
-    )
-
-
-def _given(key: str | msgspec.UnsetType | None) -> str | None:
-    return None if key is msgspec.UNSET else key

@@ -8,8 +8,9 @@ from dataclasses import replace
 
 from progressdb_kms.domain.errors import Fenced, RegistryLost
 from progressdb_kms.domain.keyring import KekInfo, KekState
+from progressdb_kms.domain.rotation import instances_missing
 from progressdb_kms.ports import Lock, RegistryView
-from progressdb_kms.store.kek_states import RegistryChange, activated, instances_missing, retired, staged
+from progressdb_kms.store.kek_states import RegistryChange, activated, retired, staged
 from progressdb_kms.store.redis import scripts
 from progressdb_kms.store.redis.link import Reply
 from progressdb_kms.store.redis.listing import any_record

@@ -46,20 +46,23 @@ class ThreadRotation:
             StoreUnavailable, StoreNotDurable: Not now; repeating it goes on.
         """
         tag = slot_tag(dek.thread_id)
-        while True:
-            try:
-                # For each part, since each is progress.
-                async with asyncio.timeout(2 * self._settings.command_timeout):
+        loop, patience = asyncio.get_running_loop(), 2 * self._settings.command_timeout
+        try:
+            async with asyncio.timeout(patience) as limit:
+                while True:
                     enabled = await self._enabled(tag, dek.thread_id)
                     if len(enabled) > _AT_ONCE:
-                        if await self._supersede(tag, dek, enabled[:_AT_ONCE]):
+                        done = await self._supersede(tag, dek, enabled[:_AT_ONCE])
+                        if done == b"ok":
+                            limit.reschedule(loop.time() + patience)  # what is done need not be done again
+                        if done != b"settled":
                             continue
                         enabled = []  # none of them changes
                     reply = await self._store(tag, dek, enabled)
-            except TimeoutError:
-                raise StoreUnavailable("the store did not rotate the thread's key in time") from None
-            if reply[0] != b"late":
-                return reply
+                    if reply[0] != b"late":
+                        return reply
+        except TimeoutError:
+            raise StoreUnavailable("the store did not rotate the thread's key in time") from None
 
     async def _enabled(self, tag: str, thread_id: str) -> list[str]:
         """Return the thread's enabled keys, the oldest first; where they are many, not all."""
@@ -78,8 +81,8 @@ class ThreadRotation:
             found += [key_id.decode() for key_id in key_ids]
         return found
 
-    async def _supersede(self, tag: str, dek: NewDek, key_ids: list[str]) -> bool:
-        """Supersede some keys; return False where the new DEK is settled without it."""
+    async def _supersede(self, tag: str, dek: NewDek, key_ids: list[str]) -> Reply:
+        """Supersede some keys; return the reply of ``supersede.lua``."""
         noticed_at = await self._notice(tag, key_ids)
         call = script_call(
             tag,
@@ -92,7 +95,7 @@ class ThreadRotation:
             dek.created_at,
             *key_ids,
         )
-        return bool(await self._router.write_one(call) != b"settled")
+        return await self._router.write_one(call)
 
     async def _store(self, tag: str, dek: NewDek, enabled: list[str]) -> Reply:
         noticed_at = await self._notice(tag, enabled)
