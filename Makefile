@@ -21,13 +21,16 @@ KMS := $(BIN)/progressdb-kms
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 24
 
+# Without --no-deps pip asks the index for a requirement with an extra (coverage[toml]), takes its newest release
+# and refuses that for want of a hash: each release of such a package would break an install from these locks.
 .PHONY: install
 install: .venv/.installed ## build .venv from the locks; again only when a lock or pyproject.toml changed
 
 .venv/.installed: requirements/dev.txt pyproject.toml
 	test -x $(BIN)/python || "$$(scripts/find-python)" -m venv .venv
-	$(BIN)/python -m pip install $(PIP_FLAGS) --require-hashes -r requirements/dev.txt
+	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps --require-hashes -r requirements/dev.txt
 	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip check --quiet
 	touch $@
 
 .PHONY: system-packages
@@ -64,7 +67,7 @@ test-3.%: .venv-3.%/.installed
 .PRECIOUS: .venv-3.%/.installed
 .venv-3.%/.installed: .venv/.installed
 	$(BIN)/uv venv --quiet --clear --python "$$(scripts/find-python 3.$*)" .venv-3.$*
-	$(BIN)/uv pip install --quiet --python .venv-3.$*/bin/python --require-hashes -r requirements/dev.txt
+	$(BIN)/uv pip install --quiet --python .venv-3.$*/bin/python --no-deps --require-hashes -r requirements/dev.txt
 	$(BIN)/uv pip install --quiet --python .venv-3.$*/bin/python --no-deps --no-build-isolation -e .
 	touch $@
 

@@ -33,8 +33,10 @@ class Environment:
         venv.create(folder, with_pip=True)
         self.bin = folder / "bin"
         self.folder = folder
-        self._pip("--require-hashes", "--requirement", str(ROOT / "requirements" / lock))
+        # A lock is complete; left to itself, pip looks beyond it for a name with an extra, and stops there.
+        self._pip("--no-deps", "--require-hashes", "--requirement", str(ROOT / "requirements" / lock))
         self._pip("--no-deps", str(wheel))
+        subprocess.run([str(self.bin / "python"), "-m", "pip", "check"], check=True, cwd=self.folder)
 
     def _pip(self, *arguments: str) -> None:
         command = [str(self.bin / "python"), "-m", "pip", "install", "--quiet", *arguments]
