@@ -51,7 +51,7 @@ def test_a_sockets_peer_has_nothing_to_expire() -> None:
 
 
 def test_limits_are_an_identitys_own_over_all_its_connections() -> None:
-    """A second connection gets no second share; another identity has its own; without limits there is none."""
+    """A second connection gets no second share; another identity its own; without limits there is none."""
     limits = [{"identities": ["dns:*"], "operations_per_second": 1, "burst": 2, "concurrent": 1}]
     clock = Clock(0.0)
     book = PolicyBook(parse_policy({"rules": [], "limits": limits}), "one", clock)
