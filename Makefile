@@ -43,7 +43,7 @@ run: install system-packages ## serve from .dev over mTLS, show a round trip, un
 
 .PHONY: test
 test: install system-packages ## every test but the wheel's, with branch coverage
-	$(PYTEST) -n $(WORKERS) --dist loadscope -m 'not wheel' --cov --cov-report=term $(ARGS)
+	$(PYTEST) -n $(WORKERS) --dist loadscope --no-loadscope-reorder -m 'not wheel' --cov --cov-report=term $(ARGS)
 
 .PHONY: test-fault
 test-fault: export FAULT_RUNS ?= 200
