@@ -43,7 +43,7 @@ run: install system-packages ## serve from .dev over mTLS, show a round trip, un
 
 .PHONY: test
 test: install system-packages ## every test but the wheel's, with branch coverage
-	$(PYTEST) -n $(WORKERS) --dist loadscope -m 'not wheel' --cov --cov-report=term $(ARGS)
+	$(PYTEST) -n $(WORKERS) --dist loadscope -m 'not wheel and not cluster and not chart' --cov --cov-report=term $(ARGS)
 
 .PHONY: test-fault
 test-fault: export FAULT_RUNS ?= 200
@@ -116,8 +116,21 @@ check-openapi: install ## are docs/openapi.json and docs/errors.md what the serv
 bench: install system-packages ## measure requests and CPU per request (benchmarks/README.md)
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
-.PHONY: test-cluster test-examples docs
-test-cluster test-examples docs:
+.PHONY: manifests
+manifests: install ## write deploy/k8s from the chart (needs helm)
+	$(BIN)/python scripts/manifests.py
+
+.PHONY: check-manifests
+check-manifests: install ## is deploy/k8s what the chart renders, and do its overlays build? (needs helm, kubectl)
+	$(BIN)/python scripts/manifests.py --check
+
+# Needs KUBECONFIG, and in IMAGE the name of an image that the nodes have: docs/kubernetes.md.
+.PHONY: test-cluster
+test-cluster: install ## the chart's life on a real cluster: make test-cluster IMAGE=progressdb-kms:test
+	IMAGE="$(IMAGE)" $(PYTEST) tests/cluster -m cluster --timeout=900 $(ARGS)
+
+.PHONY: test-examples docs
+test-examples docs:
 	@echo "make $@: there is nothing here yet" >&2; exit 1
 
 .PHONY: clean
