@@ -1,7 +1,7 @@
 """The cluster that KUBECONFIG names, a release in it, and the table of what the tests saw.
 
-Needs kubectl and helm on PATH, and in IMAGE the name of an image that the nodes have. Namespaces are made for the
-run and removed after it; KEEP=1 leaves them, to be looked at.
+Needs kubectl and helm on PATH, and in IMAGE the name of an image that the nodes have. Namespaces are made for
+the run and removed after it; KEEP=1 leaves them, to be looked at.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         return
     terminalreporter.section("what was seen on the cluster")
     for what, outcome, seconds, found in rows:
-        terminalreporter.line(f"{'ok' if outcome == 'passed' else outcome.upper():<7}{seconds:6.1f} s  {what}")
+        terminalreporter.line(
+            f"{'ok' if outcome == 'passed' else outcome.upper():<7}{seconds:6.1f} s  {what}"
+        )
         for line in found:
             terminalreporter.line(f"{'':18}- {line}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -16,7 +16,7 @@ Saw = Callable[[str], None]
 
 
 def test_install_without_values(bare: Release, saw: Saw) -> None:
-    """`helm install` with no value but the image: ready, its KEK made and kept, under the restricted standard."""
+    """`helm install` with no value but the image: ready, its KEK made and kept."""
     pods = bare.service_pods()
     assert len(pods) == 2
     kek = bare.kube.secret(f"{bare.name}-kek")
@@ -31,7 +31,7 @@ def test_install_without_values(bare: Release, saw: Saw) -> None:
 
 
 def test_service_account_has_no_rights(bare: Release, saw: Saw) -> None:
-    """The service's pods hold no token, and their ServiceAccount may do nothing; the rotation's, one Secret."""
+    """The service's pods hold no token and may do nothing; the rotation's may use one Secret."""
     for pod in bare.service_pods():
         assert pod["spec"]["automountServiceAccountToken"] is False
     account = f"system:serviceaccount:{bare.kube.namespace}:"
@@ -41,7 +41,9 @@ def test_service_account_has_no_rights(bare: Release, saw: Saw) -> None:
         return bare.kube.run("auth", "can-i", verb, what, f"--as={account}{who}").returncode == 0
 
     service = bare.service_pods()[0]["spec"]["serviceAccountName"]
-    rotation = bare.kube.get("cronjob", f"{bare.name}-rotate")["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    rotation = bare.kube.get("cronjob", f"{bare.name}-rotate")["spec"]["jobTemplate"]["spec"]["template"][
+        "spec"
+    ]
     job = rotation["serviceAccountName"]
     assert job != service
     assert not may(service, "get", kek)
@@ -89,9 +91,9 @@ def test_without_certificate(chat: Caller, release: Release, saw: Saw) -> None:
 
 
 @pytest.fixture(scope="module")
-def stranger(release: Release, make_namespace: Callable[[str], Kube]) -> Iterator[Caller]:
+def stranger(release: Release, make_namespace: Callable[[str], Kube]) -> Caller:
     """Return a pod in a namespace that no client is listed for."""
-    yield start_caller(make_namespace("outside"), "stranger", release.helm.image, release.host, None, {})
+    return start_caller(make_namespace("outside"), "stranger", release.helm.image, release.host, None, {})
 
 
 def test_network_policy(chat: Caller, stranger: Caller, release: Release, saw: Saw) -> None:
@@ -112,7 +114,9 @@ def test_unchanged_upgrade(release: Release, saw: Saw) -> None:
 
     def generations() -> dict[str, int]:
         kinds = "deployments,statefulsets,jobs,cronjobs,networkpolicies,poddisruptionbudgets"
-        return {item["metadata"]["uid"]: item["metadata"].get("generation", 0) for item in release.kube.get(kinds)}
+        return {
+            item["metadata"]["uid"]: item["metadata"].get("generation", 0) for item in release.kube.get(kinds)
+        }
 
     before, objects = release.all_pods(), generations()
     release.helm.upgrade(release.values)
@@ -123,7 +127,7 @@ def test_unchanged_upgrade(release: Release, saw: Saw) -> None:
 
 
 def test_certificates_are_required_by_every_render(release: Release, saw: Saw) -> None:
-    """What the API server holds asks for client certificates: the configuration has a client CA, and no other port."""
+    """The configuration in the cluster has a client CA, and the Service no port but the API's."""
     config = release.kube.get("configmap", "-l", f"app.kubernetes.io/instance={release.name}")
     assert any("client_ca" in text for one in config for text in (one.get("data") or {}).values())
     ports = {port["port"] for port in release.kube.get("service", release.name)["spec"]["ports"]}

@@ -91,7 +91,9 @@ def test_events(release: Release, saw: Saw) -> None:
     assert started
     assert completed
     assert {event["involvedObject"]["kind"] for event in started + completed} == {"Pod"}
-    saw(f"{len(started)} RotationStarted, {len(completed)} RotationCompleted: {completed[-1]['message'][:90]}")
+    saw(
+        f"{len(started)} RotationStarted, {len(completed)} RotationCompleted: {completed[-1]['message'][:90]}"
+    )
 
 
 def test_dry_run_changes_nothing(release: Release, ops: Caller, saw: Saw) -> None:

@@ -35,7 +35,7 @@ def renew(release: Release, name: str) -> None:
 
 
 def test_generated_server_certificate(release: Release, chat: Caller, saw: Saw) -> None:
-    """Mode generated: a renewed server certificate is served by the same pods, under traffic, with no failure."""
+    """Mode generated: a renewed server certificate is served by the same pods, with no failed call."""
     pods, old = release.all_pods(), chat("serial", release.host, "8443")["serial"]
     authority = release.kube.secret(f"{release.name}-server-ca").metadata["uid"]
     with chat.traffic() as reports:
@@ -63,7 +63,9 @@ def test_generated_store_certificate(release: Release, chat: Caller, saw: Saw) -
     saw(f"{old[:12]}... replaced by CONFIG SET")
 
 
-def test_generated_client_certificate(release: Release, chat: Caller, client_namespace: Kube, saw: Saw) -> None:
+def test_generated_client_certificate(
+    release: Release, chat: Caller, client_namespace: Kube, saw: Saw
+) -> None:
     """Mode generated: a client goes on with its renewed certificate, and its pod with its connections."""
     name = f"{release.name}-client-chat"
     old = client_namespace.secret(name).value("tls.crt")
@@ -111,7 +113,7 @@ def certified(image: str, make_namespace: Callable[[str], Kube]) -> Iterator[tup
 
 
 def test_cert_manager(certified: tuple[Release, Caller], saw: Saw) -> None:
-    """Mode certManager: server and clients call with what cert-manager issued; a stranger's CA is not trusted."""
+    """Mode certManager: server and client speak with what cert-manager issued, by CAs of their own."""
     release, chat = certified
     assert chat("may")["create"] == "ok"
     assert chat("naked", release.host, "8443")["refused"]

@@ -44,13 +44,13 @@ def test_reinstall_finds_everything(release: Release, chat: Caller, ops: Caller,
     """Uninstall and install again: the same KEK, the same data, the same CAs; clients go on calling."""
     chat("seed", SEED)
     before = ops("census")
-    kept = {name: release.kube.secret(f"{release.name}-{name}").metadata["uid"] for name in ("kek", "server-ca")}
+    kept = {
+        name: release.kube.secret(f"{release.name}-{name}").metadata["uid"] for name in ("kek", "server-ca")
+    }
     release.helm("uninstall", release.name, "--wait", "--timeout", "5m")
     assert not release.service_pods()
     reinstall(release, "--wait", "--wait-for-jobs")
-    assert {
-        name: release.kube.secret(f"{release.name}-{name}").metadata["uid"] for name in kept
-    } == kept
+    assert {name: release.kube.secret(f"{release.name}-{name}").metadata["uid"] for name in kept} == kept
     after, ledger = ops("census"), chat("check")
     assert after == before
     assert ledger["lost"] == {}
@@ -58,7 +58,7 @@ def test_reinstall_finds_everything(release: Release, chat: Caller, ops: Caller,
 
 
 def test_lost_kek_stops_the_install(release: Release, chat: Caller, saw: Saw) -> None:
-    """With data but no KEK Secret an install stops with a message and makes none; with the Secret back it goes on."""
+    """With data but no KEK Secret an install stops with a message; with the Secret back it goes on."""
     release.helm("uninstall", release.name, "--wait", "--timeout", "5m")
     kek = release.kube.secret(f"{release.name}-kek")
     release.kube("delete", "secret", f"{release.name}-kek")
@@ -118,7 +118,7 @@ def copy_file(source: tuple[Kube, str, str], target: tuple[Kube, str, str]) -> s
 def test_restore_drill(
     release: Release, chat: Caller, ops: Caller, make_namespace: Callable[[str], Kube], saw: Saw
 ) -> None:
-    """The daily backup to a volume, imported into an empty store in another namespace with a copy of the KEK."""
+    """The daily backup, imported into an empty store in another namespace with a copy of the KEK."""
     values = release.values | {"backup": {"enabled": True, "destination": "pvc"}}
     release.helm.upgrade(values)
     release.values.update(values)
@@ -153,12 +153,15 @@ def test_restore_drill(
     restored = drill_census(drill)
     assert restored == census["deks"]
     saw(f"{name} ({digest[:12]}...): {out.strip().splitlines()[-1][:100]}")
-    saw(f"{len(unready)} pods were unready until the import; keys by KEK version {restored}, as in the source")
+    saw(
+        f"{len(unready)} pods were unready until the import; keys by KEK version {restored}, as in the source"
+    )
 
 
 def drill_census(drill: Release) -> dict[str, int]:
     """Return the keys by KEK version of a release without clients, as its metrics tell them."""
-    ask = "import urllib.request as u; print(u.urlopen('http://localhost:9090/metrics', timeout=10).read().decode())"
+    url = "http://localhost:9090/metrics"
+    ask = f"import urllib.request as u; print(u.urlopen('{url}', timeout=10).read().decode())"
     pod = drill.service_pods()[0]["metadata"]["name"]
 
     def told() -> dict[str, int]:

@@ -41,4 +41,7 @@ def test_server_side_dry_run(
     others = sorted({one["kind"] for one in objects if one not in known})
     listed = {"apiVersion": "v1", "kind": "List", "items": known}
     kube("apply", "--dry-run=server", "--validate=strict", "-f", "-", stdin=json.dumps(listed))
-    saw(f"{len(known)} objects taken" + (f"; not known to this cluster: {', '.join(others)}" if others else ""))
+    saw(
+        f"{len(known)} objects taken"
+        + (f"; not known to this cluster: {', '.join(others)}" if others else "")
+    )

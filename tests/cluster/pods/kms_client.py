@@ -54,6 +54,12 @@ def note(entries: list[Entry]) -> None:
         file.writelines(json.dumps(entry) + "\n" for entry in entries)
 
 
+def say(line: str) -> None:
+    """Write a line for the test that reads it."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
 def code_of(error: KmsError) -> str:
     """Return the name that failures are counted under."""
     return str(error.code)
@@ -91,6 +97,7 @@ class Traffic:
         self.wrong = 0
         self.slowest = 0.0
         self.entries = ledger()
+        self.begun = asyncio.Event()
         self.ended = asyncio.Event()
 
     async def work(self, kms: KmsProvider) -> None:
@@ -98,13 +105,14 @@ class Traffic:
         while not self.ended.is_set():
             began = time.monotonic()
             try:
-                if not self.entries or random.random() < 0.2:  # noqa: S311 - a load's mixture
+                if not self.entries or random.random() < 0.2:
                     await self.create(kms)
                 else:
                     await self.decrypt(kms)
             except KmsError as error:
                 self.failed[code_of(error)] += 1
                 self.details = [*self.details, f"{code_of(error)}: {error}"][-5:]
+            self.begun.set()
             self.slowest = max(self.slowest, time.monotonic() - began)
             await asyncio.sleep(0.01)
 
@@ -122,7 +130,7 @@ class Traffic:
 
     async def decrypt(self, kms: KmsProvider) -> None:
         """Decrypt some earlier message."""
-        entry = random.choice(self.entries)  # noqa: S311 - a load's mixture
+        entry = random.choice(self.entries)
         text = await kms.decrypt_with_dek(entry["key"], b64decode(entry["sealed"]))
         self.ok += 1
         self.wrong += text.decode() != entry["text"]
@@ -131,9 +139,8 @@ class Traffic:
         """Work until standard input ends."""
         async with open_provider() as kms:
             workers = [asyncio.create_task(self.work(kms)) for _ in range(WORKERS)]
-            while not self.ok and not self.failed:
-                await asyncio.sleep(0.05)
-            print("running", flush=True)
+            await self.begun.wait()
+            say("running")
             await asyncio.to_thread(sys.stdin.read)
             self.ended.set()
             await asyncio.gather(*workers)
@@ -165,7 +172,7 @@ async def check() -> dict[str, object]:
 
 async def may() -> dict[str, object]:
     """Try one call of each kind."""
-    answers = {}
+    answers: dict[str, object] = {}
 
     async def attempt(name: str, call: object) -> object:
         try:
@@ -221,7 +228,7 @@ def dial(host: str, port: str) -> dict[str, object]:
 
 
 def _anonymous() -> ssl.SSLContext:
-    """Return TLS without a certificate that accepts any server: what is under test is the server's refusal."""
+    """Return TLS without a certificate that accepts any server: the server's refusal is under test."""
     context = ssl.create_default_context()
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
@@ -269,7 +276,7 @@ def main(command: str, *arguments: str) -> None:
     else:
         plain = {"census": census, "key": any_key, "dial": dial, "naked": naked, "serial": serial}
         result = plain[command](*arguments)  # type: ignore[operator]
-    print(json.dumps(result), flush=True)
+    say(json.dumps(result))
 
 
 if __name__ == "__main__":
