@@ -26,9 +26,11 @@ _COMMANDS: Final = {
     "keys": "keys:keys",
     "openapi": "serve:openapi",
     "pki": "pki_commands:pki",
+    "redis-tls-reload": "redis_tls_reload:redis_tls_reload",
     "rotate": "rotate:rotate",
     "rotations": "rotations:rotations",
     "restore": "restore:restore",
+    "roundtrip": "roundtrip:roundtrip",
     "serve": "serve:serve",
     "version": "version:version",
 }
