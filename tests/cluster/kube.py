@@ -18,14 +18,18 @@ T = TypeVar("T")
 Manifest = dict[str, Any]
 
 
-def run(
-    *command: str, stdin: str | bytes | None = None, timeout: float = 300
-) -> subprocess.CompletedProcess[str]:
+class Feed(str):
+    """Text for a command's standard input: it may hold a Secret, and a failed test shows arguments."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} characters>"
+
+
+def run(*command: str, stdin: Feed | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """Run a command to its end, whatever its exit status."""
-    content = stdin.decode() if isinstance(stdin, bytes) else stdin
-    return subprocess.run(
-        command, input=content, check=False, capture_output=True, text=True, timeout=timeout
-    )
+    return subprocess.run(command, input=stdin, check=False, capture_output=True, text=True, timeout=timeout)
 
 
 def until(what: str, attempt: Callable[[], T | None], deadline: float = 240) -> T:
@@ -55,12 +59,12 @@ class Kube:
     namespace: str
 
     def run(
-        self, *arguments: str, stdin: str | bytes | None = None, timeout: float = 300
+        self, *arguments: str, stdin: Feed | None = None, timeout: float = 300
     ) -> subprocess.CompletedProcess[str]:
         """Run kubectl in the namespace, whatever its exit status."""
         return run("kubectl", "-n", self.namespace, *arguments, stdin=stdin, timeout=timeout)
 
-    def __call__(self, *arguments: str, stdin: str | bytes | None = None, timeout: float = 300) -> str:
+    def __call__(self, *arguments: str, stdin: Feed | None = None, timeout: float = 300) -> str:
         """Run kubectl in the namespace and return what it prints; it must succeed."""
         done = self.run(*arguments, stdin=stdin, timeout=timeout)
         # Its arguments are names; what it is fed may be a Secret and is not shown.
@@ -74,7 +78,7 @@ class Kube:
 
     def apply(self, *manifests: Manifest) -> None:
         """Make or change objects."""
-        self("apply", "-f", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": manifests}))
+        self("apply", "-f", "-", stdin=list_of(manifests))
 
     def exists(self, *what: str) -> bool:
         """Tell whether there is such an object."""
@@ -132,6 +136,11 @@ class Kube:
         return list(self.get("events", "--field-selector", f"reason={reason}"))
 
 
+def list_of(manifests: Iterable[Manifest]) -> Feed:
+    """Return objects as kubectl reads them."""
+    return Feed(json.dumps({"apiVersion": "v1", "kind": "List", "items": list(manifests)}))
+
+
 ENDS = frozenset({"Complete", "Failed"})
 
 
@@ -142,6 +151,13 @@ def selector(**labels: str) -> str:
         for name in labels
     }
     return ",".join(f"{names[name]}={value}" for name, value in labels.items())
+
+
+class Hidden(dict[str, Any]):
+    """A manifest with key material: a failed test shows arguments, and not this."""
+
+    def __repr__(self) -> str:
+        return f"<{self.get('kind')} {self.get('metadata', {}).get('name')}>"
 
 
 class Secret:
@@ -159,7 +175,7 @@ class Secret:
         """Return one value."""
         return base64.b64decode(self._manifest["data"][key])
 
-    def copy(self, namespace: str, name: str | None = None) -> Manifest:
+    def copy(self, namespace: str, name: str | None = None) -> Hidden:
         """Return the manifest that makes it again in a namespace, annotations and labels included."""
         metadata = {
             "name": name or self.metadata["name"],
@@ -168,7 +184,7 @@ class Secret:
             "annotations": self.metadata.get("annotations", {}),
         }
         kept = {"type": self._manifest["type"], "data": self._manifest["data"]}
-        return {"apiVersion": "v1", "kind": "Secret", "metadata": metadata} | kept
+        return Hidden({"apiVersion": "v1", "kind": "Secret", "metadata": metadata} | kept)
 
 
 @dataclass(frozen=True)
@@ -190,7 +206,7 @@ class Helm:
     ) -> subprocess.CompletedProcess[str]:
         """Run helm in the namespace, whatever its exit status; ``values`` go in as a file."""
         given = [] if values is None else ["--values", "-"]
-        stdin = None if values is None else json.dumps(merge(self.image_values, values))
+        stdin = None if values is None else Feed(json.dumps(merge(self.image_values, values)))
         return run("helm", "-n", self.namespace, *arguments, *given, stdin=stdin, timeout=timeout)
 
     def __call__(self, *arguments: str, values: Mapping[str, Any] | None = None) -> str:
