@@ -1,7 +1,7 @@
 """A certificate authority for development: one CA, and certificates for servers and clients.
 
-A client's name is a DNS SAN: its identity is ``dns:<name>``. The CA's key lies beside it, unencrypted: not for
-production.
+A client's name is a DNS SAN: its identity is ``dns:<name>``. The CA's key lies beside it,
+unencrypted: not for production.
 """
 
 from __future__ import annotations

@@ -157,7 +157,7 @@ async def test_what_something_else_keeps_is_never_patched(
 async def test_a_secret_of_our_own_that_argo_cd_leaves_alone_is_patched(
     serve: Callable[..., SecretsApi], source: FileKekSource
 ) -> None:
-    """What tells Argo CD never to prune a Secret that `provision` made does not mean that Argo CD keeps it."""
+    """What tells Argo CD not to prune a Secret of `provision` does not mean that Argo CD keeps it."""
     options = {f"argocd.argoproj.io/{name}-options": "x" for name in ("sync", "compare")}
     api = serve(annotations={MADE_BY: "provision", **options})
     mounts(api, source)
