@@ -153,7 +153,7 @@ tls.key: {secret: {{ .secretName }}, key: {{ .keyKey }}}
 {{- if eq (include "progressdb-kms.redisTlsMode" .) "existingSecret" -}}
 {secret: {{ .Values.redis.tls.existingSecret.ca }}, key: {{ .Values.redis.tls.existingSecret.caKey }}}
 {{- else if and (eq (include "progressdb-kms.redisTlsMode" .) "certManager") .Values.tls.certManager.redis.issuerRef.name -}}
-{secret: {{ $r }}-redis-tls, key: ca.crt}
+{secret: {{ .Values.tls.certManager.redis.trustSecret }}, key: {{ .Values.tls.certManager.redis.trustKey }}}
 {{- else -}}
 {secret: {{ $r }}-redis-ca-bundle, key: ca.crt}
 {{- end -}}
