@@ -116,6 +116,19 @@ check-openapi: install ## are docs/openapi.json and docs/errors.md what the serv
 bench: install system-packages ## measure requests and CPU per request (benchmarks/README.md)
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
+# helm, helm-docs, kubeconform-offline (strict, with local schemas) and kube-score are looked up on PATH; helm alone must be there.
+CHART := deploy/helm/progressdb-kms
+.PHONY: chart chart-docs test-chart
+chart: install ## lint the chart; are its schema and README current, its manifests valid? (needs helm)
+	scripts/check_chart
+
+chart-docs: install ## write the chart's values.schema.json and README.md (needs helm-docs)
+	$(BIN)/python scripts/chart_schema.py
+	helm-docs --chart-search-root $(CHART) --log-level warning
+
+test-chart: install ## the chart's tests over helm template (needs helm)
+	$(PYTEST) tests/chart -n $(WORKERS) --dist loadscope --no-cov $(ARGS)
+
 .PHONY: test-cluster test-examples docs
 test-cluster test-examples docs:
 	@echo "make $@: there is nothing here yet" >&2; exit 1

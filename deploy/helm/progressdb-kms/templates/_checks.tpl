@@ -57,6 +57,11 @@ Combinations that the schema can't see and that can't work, refused before anyth
 {{- if and .Values.backup.enabled (eq .Values.backup.destination "s3") (not .Values.backup.s3.url) }}
 {{- fail "backup.destination s3 needs backup.s3.url: s3://bucket/prefix" }}
 {{- end }}
+{{- with .Values.settings.limits }}
+{{- if lt (mul 3 (int64 .bodyBytes)) (add (mul 4 (int64 .plaintextBytes)) 3072) }}
+{{- fail "settings.limits.bodyBytes is too small for settings.limits.plaintextBytes in base64: give it a third more and 1024" }}
+{{- end }}
+{{- end }}
 {{- if and .Values.autoscaling.enabled (gt (int .Values.autoscaling.minReplicas) (int .Values.autoscaling.maxReplicas)) }}
 {{- fail "autoscaling.maxReplicas must be at least autoscaling.minReplicas" }}
 {{- end }}
