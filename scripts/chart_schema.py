@@ -57,7 +57,7 @@ CIDR: Final = r"[0-9a-fA-F.:]+/[0-9]{1,3}"
 CRON: Final = r"@(yearly|annually|monthly|weekly|daily|midnight|hourly)|[-0-9A-Za-z*/,?]+( +[-0-9A-Za-z*/,?]+){4}"
 REDIS_SIZE: Final = r"(0|[1-9][0-9]*)([kmgKMG][bB]?)?"
 PEM: Final = r"-----BEGIN PUBLIC KEY-----[\sA-Za-z0-9+/=]+-----END PUBLIC KEY-----\s*"
-IDENTITY: Final = rf"dns:[-a-z0-9.*]+|spiffe://[^\s]+|cn:[^\s].*"
+IDENTITY: Final = r"dns:[-a-z0-9.*]+|spiffe://[^\s]+|cn:\S.{0,63}"
 # As domain/policy.py: a prefix must end in a delimiter, or `room:1` would also be the beginning of `room:10`.
 PREFIX: Final = r".*[^\p{L}\p{N}]"
 PERMISSIONS: Final = (
@@ -125,38 +125,47 @@ RULE: Final = closed(
     ("permissions",),
 ) | {"anyOf": [{"required": ["identities"]}, {"required": ["spki_sha256"]}]}
 
-# By path; a pattern of fnmatch's kind with `*` for one name. The first that fits counts.
+# By the end of a value's path; `*` stands for (a part of) one name. The longest that fits counts.
 RULES: Final[dict[str, Schema]] = {
     "global": OPEN,
     "nameOverride": text(rf"({LABEL})?", maxLength=63),
     "fullnameOverride": text(rf"({LABEL})?", maxLength=36),
     "clusterDomain": text(NAME),
-    "*.repository": text(r"[-a-z0-9._/:]+"),
-    "*.tag": text(r"[-a-zA-Z0-9._]*", maxLength=128),
-    "*.digest": text("(sha256:[0-9a-f]{64})?"),
-    "*.pullPolicy": choice("Always", "IfNotPresent", "Never"),
-    "redis.image.repository": text(r"[-a-z0-9._/:]+"),
-    "redis.image.tag": text(r"[-a-zA-Z0-9._]*", maxLength=128),
-    "redis.image.digest": text("(sha256:[0-9a-f]{64})?"),
-    "redis.image.pullPolicy": choice("Always", "IfNotPresent", "Never"),
+    "commonLabels": STRINGS,
+    "commonAnnotations": STRINGS,
+    "image.repository": text(r"[-a-z0-9._/:]+"),
+    "image.tag": text(r"[-a-zA-Z0-9._]*", maxLength=128),
+    "image.digest": text("(sha256:[0-9a-f]{64})?"),
+    "image.pullPolicy": choice("Always", "IfNotPresent", "Never"),
     "imagePullSecrets": listed(closed({"name": text(NAME)}, ("name",))),
     "replicaCount": number(1, 100),
-    "autoscaling.minReplicas": number(1, 100),
-    "autoscaling.maxReplicas": number(1, 100),
+    "autoscaling.*Replicas": number(1, 100),
     "autoscaling.targetCPUUtilizationPercentage": number(1, 1000),
-    "podDisruptionBudget.maxUnavailable": {
-        "anyOf": [number(1), text("[1-9][0-9]?%")]
-    },
+    "autoscaling.behavior": OPEN,
+    "podDisruptionBudget.maxUnavailable": {"anyOf": [number(1), text("[1-9][0-9]?%")]},
     "service.type": choice("ClusterIP", "NodePort", "LoadBalancer"),
     "service.port": number(1, 65535),
-    "*.runAsUser": NULLABLE_ID,
-    "*.runAsGroup": NULLABLE_ID,
-    "*.fsGroup": NULLABLE_ID,
-    "redis.podSecurityContext.*": NULLABLE_ID,
+    "podSecurityContext.*": NULLABLE_ID,
     "*Probe.*": number(1, 86400),
-    "redis.startupProbe.failureThreshold": number(1, 86400),
     "minReadySeconds": number(0, 3600),
     "revisionHistoryLimit": number(0, 100),
+    # Of every kind of pod.
+    "resources": OPEN,
+    "affinity": OPEN,
+    "nodeSelector": STRINGS,
+    "annotations": STRINGS,
+    "labels": STRINGS,
+    "namespaceLabels": STRINGS,
+    "podLabels": STRINGS,
+    "podAnnotations": STRINGS,
+    "tolerations": OPEN_LIST,
+    "topologySpreadConstraints": OPEN_LIST,
+    "extraEnv": OPEN_LIST,
+    "extraVolumes": OPEN_LIST,
+    "extraVolumeMounts": OPEN_LIST,
+    "size": text(QUANTITY),
+    "storageClassName": SECRET,
+    "accessModes": listed(choice("ReadWriteOnce", "ReadWriteOncePod", "ReadWriteMany"), 1),
     "clients": listed(CLIENT),
     "policy.rules": listed(RULE),
     "tls.mode": choice(*MODES),
@@ -164,18 +173,16 @@ RULES: Final[dict[str, Schema]] = {
     "tls.extraIPs": listed(text("[0-9a-fA-F.:]+")),
     "tls.generated.caDays": number(30, 36500),
     "tls.generated.days": number(2, 825),
-    "tls.generated.renewBeforeDays": number(1, 824),
+    "tls.generated.renewBeforeDays": number(1, 365),
     "tls.certManager.privateKey.algorithm": choice("ECDSA", "RSA"),
     "tls.certManager.privateKey.size": {"type": "integer", "enum": [256, 384, 521, 2048, 3072, 4096]},
     "tls.certManager.*.issuerRef": ISSUER,
     "tls.certManager.*.trustSecret": SECRET,
     "tls.certManager.*.trustKey": text(KEY),
-    "tls.certManager.duration": text(DURATION),
-    "tls.certManager.renewBefore": text(DURATION),
-    "tls.certManager.caDuration": text(DURATION),
-    "tls.certManager.caRenewBefore": text(DURATION),
-    "tls.existingSecret.clientCaKey": text(KEY),
+    "tls.certManager.*uration": text(DURATION),
+    "tls.certManager.*enewBefore": text(DURATION),
     "tls.existingSecret.*": SECRET,
+    "tls.existingSecret.clientCaKey": text(KEY),
     "kek.management": choice("create", "existing", "external"),
     "kek.secretName": SECRET,
     "kek.key": text(KEY),
@@ -187,41 +194,36 @@ RULES: Final[dict[str, Schema]] = {
     "redis.maxclients": number(16, 1_000_000),
     "redis.existingAuthSecret": SECRET,
     "redis.tls.mode": choice("", *MODES),
-    "redis.tls.existingSecret.caKey": text(KEY),
     "redis.tls.existingSecret.*": SECRET,
+    "redis.tls.existingSecret.caKey": text(KEY),
     "redis.terminationGracePeriodSeconds": number(1, 86400),
-    "*.persistence.accessModes": listed(choice("ReadWriteOnce", "ReadWriteOncePod", "ReadWriteMany"), 1),
-    "backup.pvc.accessModes": listed(choice("ReadWriteOnce", "ReadWriteOncePod", "ReadWriteMany"), 1),
-    "*.size": text(QUANTITY),
-    "*.*.size": text(QUANTITY),
-    "*.*.storageClassName": SECRET,
-    "backup.pvc.existingClaim": SECRET,
-    "backup.s3.url": text("(s3://[^/\\s]+(/[^\\s]*)?)?"),
-    "backup.s3.endpoint": text("(https://[^\\s]+)?"),
-    "backup.s3.secretName": SECRET,
-    "backup.s3.spoolSize": text(QUANTITY),
-    "backup.destination": choice("pvc", "s3"),
-    "backup.keep": number(1, 10000),
-    "externalStore.url": text("((rediss?(\\+sentinel|\\+cluster)?)://[^\\s]+)?"),
+    "externalStore.url": text(r"((rediss?(\+sentinel|\+cluster)?)://[^\s]+)?"),
     "externalStore.secretName": SECRET,
     "externalStore.passwordKey": text(KEY),
     "externalStore.*Key": text(rf"({KEY})?"),
     "externalStore.durability": choice("checked", "attested"),
     "externalStore.minReplicas": number(0, 5),
-    "store.*": POSITIVE,
+    "store.*Timeout": POSITIVE,
+    "schedule": text(CRON),
+    "timeZone": text("[A-Za-z]+([-+_/A-Za-z0-9]*)"),
+    "activeDeadlineSeconds": number(60, 604800),
+    "backoffLimit": number(0, 100),
+    "startingDeadlineSeconds": number(60, 86400),
+    "*JobsHistoryLimit": number(0, 100),
     "rotation.parallelism": number(1, 64),
     "rotation.wait": TIMES,
     "rotation.batch": number(1, 1000),
     "rotation.maxRate": number(0, 10_000_000),
     "rotation.verify": text("all|sample=[1-9][0-9]{0,9}"),
-    "*.schedule": text(CRON),
-    "*.*.schedule": text(CRON),
-    "*.timeZone": text("[A-Za-z]+([-+_/A-Za-z0-9]*)"),
-    "*.activeDeadlineSeconds": number(60, 604800),
-    "*.backoffLimit": number(0, 100),
-    "*.startingDeadlineSeconds": number(60, 86400),
-    "*.*HistoryLimit": number(0, 100),
+    "backup.keep": number(1, 10000),
+    "backup.destination": choice("pvc", "s3"),
+    "backup.pvc.existingClaim": SECRET,
+    "backup.s3.url": text(r"(s3://[^/\s]+(/[^\s]*)?)?"),
+    "backup.s3.endpoint": text(r"(https://[^\s]+)?"),
+    "backup.s3.secretName": SECRET,
+    "backup.s3.spoolSize": text(QUANTITY),
     "bootstrap.wait": number(1, 3600),
+    "settings.limits.*": POSITIVE,
     "settings.limits.maxConnections": number(1, 10_000_000),
     "settings.limits.maxHandshakes": number(1, 10_000_000),
     "settings.limits.batchItems": number(1, 100_000),
@@ -229,7 +231,6 @@ RULES: Final[dict[str, Schema]] = {
     "settings.limits.bodyBytes": number(1024, 64 * 2**20),
     "settings.limits.batchBodyBytes": number(1024, 64 * 2**20),
     "settings.limits.plaintextBytes": number(1, 16 * 2**20),
-    "settings.limits.*": POSITIVE,
     "settings.cache.maxKeys": number(1, 10_000_000),
     "settings.cache.ttl": POSITIVE,
     "settings.cache.maxStale": TIMES,
@@ -238,65 +239,30 @@ RULES: Final[dict[str, Schema]] = {
     "settings.destruction.waitingDays": number(7, 30),
     "settings.log.level": choice("debug", "info", "warning", "error"),
     "settings.log.format": choice("json", "text"),
-    "*.*.cidrs": listed(text(CIDR)),
-    "*.*.ports": PORTS,
-    "*.ports": PORTS,
+    "cidrs": listed(text(CIDR)),
+    "ports": PORTS,
+    "networkPolicyTo": OPEN_LIST,
     "networkPolicy.extraClients": OPEN_LIST,
-    "*.*.networkPolicyTo": OPEN_LIST,
-    "*.networkPolicyTo": OPEN_LIST,
     "networkPolicy.extraEgress": OPEN_LIST,
-    "monitoring.serviceMonitor.interval": text("[0-9]+(ms|s|m|h)"),
-    "monitoring.serviceMonitor.scrapeTimeout": text("[0-9]+(ms|s|m|h)"),
-    "monitoring.prometheusRule.kekMaxAgeDays": number(1, 3650),
-    "monitoring.prometheusRule.rotationStuckHours": number(1, 720),
-    "monitoring.prometheusRule.backupMaxAgeHours": number(1, 720),
-    "monitoring.prometheusRule.certificateDays": number(1, 365),
+    "serviceMonitor.interval": text("[0-9]+(ms|s|m|h)"),
+    "serviceMonitor.scrapeTimeout": text("[0-9]+(ms|s|m|h)"),
+    "prometheusRule.kekMaxAgeDays": number(1, 3650),
+    "prometheusRule.rotationStuckHours": number(1, 720),
+    "prometheusRule.backupMaxAgeHours": number(1, 720),
+    "prometheusRule.certificateDays": number(1, 365),
+    "prometheusRule.alertLabels": STRINGS,
     "test.secretName": SECRET,
-    **dict.fromkeys(
-        ("resources", "*.resources", "*.*.resources", "affinity", "*.affinity", "autoscaling.behavior"), OPEN
-    ),
-    **dict.fromkeys(
-        (
-            "tolerations",
-            "*.tolerations",
-            "topologySpreadConstraints",
-            "extraEnv",
-            "extraVolumes",
-            "extraVolumeMounts",
-            "*.extraEnv",
-            "*.extraVolumes",
-            "*.extraVolumeMounts",
-        ),
-        OPEN_LIST,
-    ),
-    **dict.fromkeys(
-        (
-            "commonLabels",
-            "commonAnnotations",
-            "podAnnotations",
-            "podLabels",
-            "nodeSelector",
-            "*.podAnnotations",
-            "*.podLabels",
-            "*.nodeSelector",
-            "*.annotations",
-            "*.*.annotations",
-            "*.*.labels",
-            "*.*.namespaceLabels",
-            "*.*.podLabels",
-            "*.*.alertLabels",
-        ),
-        STRINGS,
-    ),
 }
 
 
-def rule(path: str) -> Schema | None:
-    """Return the rule for the value at ``path``; ``*`` in a rule's pattern stands for (a part of) one name."""
-    for pattern, schema in RULES.items():
-        if re.fullmatch(re.escape(pattern).replace(r"\*", r"[^.]*"), path):
-            return schema
-    return None
+def rule_name(path: str) -> str | None:
+    """Return the name of the rule for the value at ``path``, the longest one that fits its end."""
+    fitting = [
+        name
+        for name in RULES
+        if re.fullmatch(r"(?:.*\.)?" + re.escape(name).replace(r"\*", r"[^.]*"), path)
+    ]
+    return max(fitting, key=len, default=None)
 
 
 def descriptions(values: str) -> dict[str, str]:
@@ -331,7 +297,8 @@ def entry(path: str, default: Any, described: dict[str, str]) -> Schema:  # noqa
     Raises:
         ValueProblem: It lacks a description, or its type can't be told.
     """
-    schema = rule(path)
+    name = rule_name(path)
+    schema = None if name is None else RULES[name]
     if schema is None and isinstance(default, dict) and path not in described:
         prefix = f"{path}." if path else ""
         return closed({name: entry(prefix + name, value, described) for name, value in default.items()})

@@ -74,7 +74,7 @@ escrow: none
       "identity" (printf "dns:%s.%s.svc" .client.name $namespace)
       "permissions" (list "key:create" "key:encrypt" "key:decrypt")
       "secretName" (printf "%s-client-%s" $r .client.name)
-      "certificate" true -}}
+      "certificate" (ne .root.Values.tls.mode "existingSecret") -}}
 {{- range $key, $value := .client }}
 {{- if not (and (kindIs "string" $value) (eq $value "")) }}{{ $_ := set $defaults $key $value }}{{ end }}
 {{- end }}
