@@ -116,6 +116,19 @@ check-openapi: install ## are docs/openapi.json and docs/errors.md what the serv
 bench: install system-packages ## measure requests and CPU per request (benchmarks/README.md)
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
+# helm, helm-docs, kubeconform-offline (strict, with local schemas) and kube-score are looked up on PATH; helm alone must be there.
+CHART := deploy/helm/progressdb-kms
+.PHONY: chart chart-docs test-chart
+chart: install ## lint the chart; are its schema and README current, its manifests valid? (needs helm)
+	scripts/check_chart
+
+chart-docs: install ## write the chart's values.schema.json and README.md (needs helm-docs)
+	$(BIN)/python scripts/chart_schema.py
+	helm-docs --chart-search-root $(CHART) --log-level warning
+
+test-chart: install ## the tests of the chart and of the Tiltfile over helm template (needs helm)
+	$(PYTEST) tests/chart tests/tilt -n $(WORKERS) --dist loadscope --no-cov $(ARGS)
+
 .PHONY: manifests
 manifests: install ## write deploy/k8s from the chart (needs helm)
 	$(BIN)/python scripts/manifests.py

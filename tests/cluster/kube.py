@@ -217,11 +217,11 @@ class Helm:
 
     def install(self, values: Mapping[str, Any], *arguments: str) -> str:
         """Install the chart; ``--wait`` is the caller's choice."""
-        return self("install", self.release, str(CHART), *arguments, "--timeout", "6m", values=values)
+        return self("install", self.release, str(CHART), *arguments, "--timeout", "4m", values=values)
 
     def upgrade(self, values: Mapping[str, Any], *arguments: str) -> str:
         """Upgrade the release and wait until it is ready."""
-        words = ("--wait", "--timeout", "6m", *arguments)
+        words = ("--wait", "--timeout", "4m", *arguments)
         return self("upgrade", self.release, str(CHART), *words, values=values)
 
 

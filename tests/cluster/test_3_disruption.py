@@ -67,7 +67,7 @@ def test_rollback_under_traffic(release: Release, chat: Caller, saw: Saw) -> Non
     kek = release.kube.secret(f"{release.name}-kek").metadata["uid"]
     old = set(release.all_pods())
     with chat.traffic() as reports:
-        release.helm("rollback", release.name, "--wait", "--timeout", "6m")
+        release.helm("rollback", release.name, "--wait", "--timeout", "4m")
         release.wait_ready()
     release.values.pop("podAnnotations", None)
     assert not {pod["metadata"]["uid"] for pod in release.service_pods()} & old

@@ -9,7 +9,7 @@ an Issuer serves its own namespace only. A ClusterIssuer issues it in the client
 
 {{/* The Secret that cert-manager writes for a client whose certificate is handed over. */}}
 {{- define "progressdb-kms.clientSource" -}}
-{{- printf "%s-issued-%s-%s" (include "progressdb-kms.fullname" .root) .client.namespace .client.name | trunc 63 | trimSuffix "-" -}}
+{{- printf "%s-issued-%s-%s" (include "progressdb-kms.fullname" .root) .client.namespace .client.name -}}
 {{- end }}
 
 {{/* What clients check the server against: the CA of the release, or what the issuer says of itself. */}}

@@ -74,12 +74,11 @@ escrow: none
       "identity" (printf "dns:%s.%s.svc" .client.name $namespace)
       "permissions" (list "key:create" "key:encrypt" "key:decrypt")
       "secretName" (printf "%s-client-%s" $r .client.name)
-      "certificate" true -}}
-{{- $client := dict -}}
+      "certificate" (ne .root.Values.tls.mode "existingSecret") -}}
 {{- range $key, $value := .client }}
-{{- if not (and (kindIs "string" $value) (eq $value "")) }}{{ $_ := set $client $key $value }}{{ end }}
+{{- if not (and (kindIs "string" $value) (eq $value "")) }}{{ $_ := set $defaults $key $value }}{{ end }}
 {{- end }}
-{{- toJson (merge $client $defaults) -}}
+{{- toJson $defaults -}}
 {{- end }}
 
 {{/* All clients that get a certificate or a rule, the test's own among them, as a JSON object with the list `clients`. */}}

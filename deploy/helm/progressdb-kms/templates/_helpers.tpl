@@ -24,7 +24,15 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name (replace "+" "_" .Chart.Version) | 
 {{- end }}
 {{- end }}
 
-{{/* The metadata of an object: (dict "root" $ "name" "-rotate" "component" "rotate" "annotations" {...} "namespace" "x"). */}}
+{{/*
+The metadata of an object: (dict "root" $ "name" "-rotate" "component" "rotate" "annotations" {...} "namespace" "x" "exempt" [...]).
+`exempt` names the checks of kube-score that do not hold here on purpose:
+- container-resources: there is no CPU limit, since throttling shows as latency. Memory and disk have limits.
+- container-image-pull-policy: a value; IfNotPresent, since images are named by version or digest.
+- container-security-context-user-group-id: the store's image owns its files by 999, and null leaves ids to the cluster.
+- deployment-has-host-podantiaffinity: topologySpreadConstraints do it, for zones too, and let two share the only node.
+- pod-probes-identical: a store that answers is alive and ready; liveness only has far more patience.
+*/}}
 {{- define "progressdb-kms.metadata" -}}
 name: {{ include "progressdb-kms.fullname" .root }}{{ .name }}
 namespace: {{ default .root.Release.Namespace .namespace }}
@@ -36,7 +44,9 @@ labels:
   {{- with .labels }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
-{{- with merge (dict) (default dict .annotations) .root.Values.commonAnnotations }}
+{{- $annotations := merge (dict) (default dict .annotations) .root.Values.commonAnnotations }}
+{{- with .exempt }}{{ $_ := set $annotations "kube-score/ignore" (join "," .) }}{{ end }}
+{{- with $annotations }}
 annotations:
   {{- toYaml . | nindent 2 }}
 {{- end }}
@@ -153,7 +163,7 @@ tls.key: {secret: {{ .secretName }}, key: {{ .keyKey }}}
 {{- if eq (include "progressdb-kms.redisTlsMode" .) "existingSecret" -}}
 {secret: {{ .Values.redis.tls.existingSecret.ca }}, key: {{ .Values.redis.tls.existingSecret.caKey }}}
 {{- else if and (eq (include "progressdb-kms.redisTlsMode" .) "certManager") .Values.tls.certManager.redis.issuerRef.name -}}
-{secret: {{ $r }}-redis-tls, key: ca.crt}
+{secret: {{ .Values.tls.certManager.redis.trustSecret }}, key: {{ .Values.tls.certManager.redis.trustKey }}}
 {{- else -}}
 {secret: {{ $r }}-redis-ca-bundle, key: ca.crt}
 {{- end -}}

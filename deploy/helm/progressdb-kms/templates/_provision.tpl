@@ -39,8 +39,7 @@ same lists: `passwords`, `certificates`, `kek`, `store`; the renewal takes `cert
 {{- end }}
 {{- range (include "progressdb-kms.clients" . | fromJson).clients }}
 {{- if and .certificate (include "progressdb-kms.clientIsCopied" (dict "root" $ "client" .)) }}
-{{- $copy := dict "from" (include "progressdb-kms.clientSource" (dict "root" $ "client" .)) "secret" .secretName "trust" (list (include "progressdb-kms.serverTrust" $ | fromYaml)) }}
-{{- if ne .namespace $.Release.Namespace }}{{ $_ := set $copy "namespace" .namespace }}{{ end }}
+{{- $copy := dict "from" (include "progressdb-kms.clientSource" (dict "root" $ "client" .)) "secret" .secretName "namespace" .namespace "trust" (list (include "progressdb-kms.serverTrust" $ | fromYaml)) }}
 {{- $copies = append $copies $copy }}
 {{- end }}
 {{- end }}
@@ -110,7 +109,7 @@ same lists: `passwords`, `certificates`, `kek`, `store`; the renewal takes `cert
 {{- range .secrets }}{{ $own = append $own .secret }}{{ end }}
 {{- end }}
 {{- range concat (default list .certificates) (default list .copies) }}
-{{- if .namespace }}
+{{- if and .namespace (ne .namespace $.root.Release.Namespace) }}
 {{- $_ := set $others .namespace (append (default list (get $others .namespace)) .secret) }}
 {{- else }}
 {{- $own = append $own .secret }}
