@@ -51,6 +51,15 @@ def files_of(issued: Issued, ca: Ca) -> dict[str, bytes]:
     return {"tls.crt": issued.pem, "tls.key": issued.key_pem, "ca.crt": ca.pem}
 
 
+def stat(server: Server, name: str) -> bytes:
+    """Return the calls of a command that the server has counted."""
+    (line,) = [
+        line for line in server.ask("INFO", "commandstats").splitlines() if line.startswith(name.encode())
+    ]
+    found: bytes = line.partition(b"calls=")[2].partition(b",")[0]
+    return found
+
+
 class Scene:
     """A server over TLS with its mounted files, and a reloader beside it."""
 
@@ -228,6 +237,30 @@ def test_clients_of_the_server_may_have_a_ca_elsewhere(scene: Scene) -> None:
     bundle.write_bytes(other.pem)
     scene.wait_for("certificates_applied", 2)
     assert scene.shown(client=other.issue("kms", usages=CLIENT)) == scene.first.certificate.serial_number
+
+
+@pytest.mark.parametrize("kind", ["redis", "valkey"])
+def test_a_changed_user_is_loaded(scene: Scene, kind: str) -> None:
+    """`--acl` names the server's ACL file: a change is loaded, what is broken or the same is not."""
+    acl = scene.root / "users.acl"
+    acl.write_text(acl.read_text().replace("+config|set", "+config|set +acl|load"))
+    options = scene.server.options if kind == "redis" else {"aclfile": str(acl)}
+    scene.server = Server(kind, scene.root / "s", options).start()
+    scene.start("--acl", str(acl))
+    scene.wait_for("users_applied")
+    good = acl.read_text()
+    acl.write_text(good + "user kms on nopass ~kms:* -@all +get +nosuchcommand\n")
+    scene.wait_for("users_not_applied")
+    assert "which line is wrong" in scene.logged("users_not_applied")[-1]["detail"]
+    assert b"kms" not in scene.server.ask("ACL", "USERS")
+    acl.write_text(good + "user kms on nopass ~kms:* -@all +get\n")
+    scene.wait_for("users_applied", 2)
+    assert b"kms" in scene.server.ask("ACL", "USERS")
+    loads = stat(scene.server, "cmdstat_acl|load")
+    acl.touch()
+    scene.mounted.swap(files_of(scene.ca.server(), scene.ca))
+    scene.wait_for("certificates_applied", 2)
+    assert stat(scene.server, "cmdstat_acl|load") == loads
 
 
 def test_valkey_takes_it_too(scene: Scene) -> None:

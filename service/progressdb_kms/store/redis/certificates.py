@@ -1,4 +1,4 @@
-"""A running server takes renewed certificates: it reads them at its start and when it is told to."""
+"""A running server takes renewed certificates and users, which it reads only when it is told to."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from progressdb_kms.store.redis.link import Link
 from progressdb_kms.store.settings import StoreSettings
 
 if TYPE_CHECKING:
-    from progressdb_kms.store.redis.link import Command
+    from progressdb_kms.store.redis.link import Command, Reply
 
 _TIMEOUT: Final = 10.0
 
@@ -59,7 +59,6 @@ async def apply_certificates(address: Address, username: str, password: str, fil
     Raises:
         StoreUnavailable: Not now, or not with these files; says what to do.
     """
-    (endpoint,) = address.endpoints
     command: Command = (
         "CONFIG",
         "SET",
@@ -70,6 +69,35 @@ async def apply_certificates(address: Address, username: str, password: str, fil
         "tls-ca-cert-file",
         str(files.ca),
     )
+    reply = await _run(address, username, password, command)
+    if isinstance(reply, RedisError):
+        why = (
+            "the store can't use the files: do they belong together, and stand at the same paths there? Its"
+            " log says more"
+            if "update TLS" in str(reply)
+            else ""
+        )
+        raise _refused(reply, "+config|set", why)
+
+
+async def load_acl(address: Address, username: str, password: str) -> None:
+    """Make a server read its ACL file again: all of it, or, where a line is wrong, nothing.
+
+    Redis before 7.2 closes the connections of all users but the default one, whatever has changed of them.
+    Needs ``+acl|load`` of the ACL user.
+
+    Raises:
+        StoreUnavailable: Not now, or not with this file; says what to do.
+    """
+    reply = await _run(address, username, password, ("ACL", "LOAD"))
+    if isinstance(reply, RedisError):
+        raise _refused(
+            reply, "+acl|load", "the store can't use its ACL file: its log says which line is wrong"
+        )
+
+
+async def _run(address: Address, username: str, password: str, command: Command) -> Reply:
+    (endpoint,) = address.endpoints
     settings = StoreSettings("", username, password, connect_timeout=_TIMEOUT)
     try:
         link = await Link.open(endpoint, address, settings)
@@ -79,18 +107,11 @@ async def apply_certificates(address: Address, username: str, password: str, fil
             await link.close()
     except (RedisError, OSError, TimeoutError) as error:
         raise lost(error, endpoint).error from None
-    if isinstance(reply, RedisError):
-        raise _refused(reply)
+    return reply
 
 
-def _refused(reply: RedisError) -> StoreUnavailable:
-    text = str(reply)
+def _refused(reply: RedisError, needed: str, why: str) -> StoreUnavailable:
     if isinstance(reply, NoPermissionError):
-        return StoreUnavailable("the store's ACL user may not: it needs +config|set, see docs/redis-acl.md")
-    if "update TLS" in text:
-        return StoreUnavailable(
-            "the store can't use the files: do they belong together, and stand at the same paths there? Its"
-            " log says more"
-        )
+        return StoreUnavailable(f"the store's ACL user may not: it needs {needed}, see docs/redis-acl.md")
     failure = translate(reply)
-    return StoreUnavailable(failure.error.detail if failure else "the store refused")
+    return StoreUnavailable(why or (failure.error.detail if failure else "the store refused"))
