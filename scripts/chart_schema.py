@@ -54,7 +54,9 @@ QUANTITY: Final = r"[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti|P|Pi|E|Ei)?"
 DURATION: Final = r"([0-9]+(\.[0-9]+)?(h|m|s|ms))+"
 CIDR: Final = r"[0-9a-fA-F.:]+/[0-9]{1,3}"
 # Macros, and five fields; whether 31 February ever comes is the API server's business.
-CRON: Final = r"@(yearly|annually|monthly|weekly|daily|midnight|hourly)|[-0-9A-Za-z*/,?]+( +[-0-9A-Za-z*/,?]+){4}"
+CRON: Final = (
+    r"@(yearly|annually|monthly|weekly|daily|midnight|hourly)|[-0-9A-Za-z*/,?]+( +[-0-9A-Za-z*/,?]+){4}"
+)
 REDIS_SIZE: Final = r"(0|[1-9][0-9]*)([kmgKMG][bB]?)?"
 PEM: Final = r"-----BEGIN PUBLIC KEY-----[\sA-Za-z0-9+/=]+-----END PUBLIC KEY-----\s*"
 IDENTITY: Final = r"dns:[-a-z0-9.*]+|spiffe://[^\s]+|cn:\S.{0,63}"
@@ -88,7 +90,9 @@ PERMISSION_LIST: Final = listed(choice(*PERMISSIONS), 1)
 PIN_LIST: Final = listed(text("[0-9a-f]{64}"))
 CLIENT: Final = closed(
     {
-        "name": text(LABEL, maxLength=40, description="Name, also of its Secret: `<fullname>-client-<name>`."),
+        "name": text(
+            LABEL, maxLength=40, description="Name, also of its Secret: `<fullname>-client-<name>`."
+        ),
         "namespace": text(
             rf"({LABEL})?", maxLength=63, description="Namespace it runs in (must exist); else the release's."
         ),
@@ -258,9 +262,7 @@ RULES: Final[dict[str, Schema]] = {
 def rule_name(path: str) -> str | None:
     """Return the name of the rule for the value at ``path``, the longest one that fits its end."""
     fitting = [
-        name
-        for name in RULES
-        if re.fullmatch(r"(?:.*\.)?" + re.escape(name).replace(r"\*", r"[^.]*"), path)
+        name for name in RULES if re.fullmatch(r"(?:.*\.)?" + re.escape(name).replace(r"\*", r"[^.]*"), path)
     ]
     return max(fitting, key=len, default=None)
 

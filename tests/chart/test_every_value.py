@@ -56,7 +56,9 @@ CONTEXT = {
     "externalStore": EXTERNAL,
     "externalStore.certKey": WITH_CERTIFICATE,
     "externalStore.keyKey": WITH_CERTIFICATE,
-    "externalStore.attestedReason": at(at(EXTERNAL, "externalStore.durability", "attested"), "externalStore.attestedReason", "b"),
+    "externalStore.attestedReason": at(
+        at(EXTERNAL, "externalStore.durability", "attested"), "externalStore.attestedReason", "b"
+    ),
     "externalStore.durability": at(EXTERNAL, "externalStore.attestedReason", "because"),
     "kek.secretName": OWN_KEK,
     "kek.management": {"kek": {"secretName": "mine"}},

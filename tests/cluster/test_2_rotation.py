@@ -96,14 +96,26 @@ def test_events(release: Release, saw: Saw) -> None:
     )
 
 
-def test_dry_run_changes_nothing(release: Release, ops: Caller, saw: Saw) -> None:
-    """The same Job with --dry-run prints the census and changes nothing."""
+def test_parallel_workers(release: Release, chat: Caller, ops: Caller, saw: Saw) -> None:
+    """With `rotation.parallelism` the pods of an Indexed Job share one rotation."""
     before = ops("census")
+    release.helm.upgrade(release.values | {"rotation": {"parallelism": 3}})
+    release.kube.create_job("rotate-3", f"{release.name}-rotate")
+    release.kube.wait_for_job("rotate-3", 600)
+    after = ops("census")
+    release.helm.upgrade(release.values)
+    assert after["active"] == before["active"] + 1
+    assert after["rotation"]["outcome"] == "clean"
+    assert chat("check")["lost"] == {}
+    saw(
+        f"{release.kube.get('job', 'rotate-3')['status']['completedIndexes']} completed {after['rotation']['id']}"
+    )
 
-    def dry(container: Manifest) -> None:
-        container["args"] = [*container.get("args", []), "--dry-run"]
 
-    release.kube.create_job("rotate-dry", f"{release.name}-rotate", dry)
+def test_dry_run_changes_nothing(release: Release, ops: Caller, saw: Saw) -> None:
+    """The CronJob for dry runs prints the census and changes nothing."""
+    before = ops("census")
+    release.kube.create_job("rotate-dry", f"{release.name}-rotate-dry-run")
     release.kube.wait_for_job("rotate-dry")
     assert ops("census") == before
     saw(release.kube.job_logs("rotate-dry").strip().splitlines()[-1][:100])

@@ -40,6 +40,14 @@ def refusal(release: Release) -> str:
     return until("the bootstrap's refusal", said)
 
 
+def bootstrap_again(release: Release) -> None:
+    """Make the bootstrap's Job anew: it is tried again by itself, with a growing pause."""
+    for job in release.provision_jobs():
+        release.kube("delete", "job", job["metadata"]["name"])
+    release.helm.upgrade(release.values, "--wait-for-jobs")
+    release.wait_ready()
+
+
 def test_reinstall_finds_everything(release: Release, chat: Caller, ops: Caller, saw: Saw) -> None:
     """Uninstall and install again: the same KEK, the same data, the same CAs; clients go on calling."""
     chat("seed", SEED)
@@ -68,22 +76,9 @@ def test_lost_kek_stops_the_install(release: Release, chat: Caller, saw: Saw) ->
     release.kube.apply(kek.copy(release.kube.namespace))
     assert not made, "a lost KEK is never replaced by a new one"
     assert "KEK" in message
-    # The Job is tried again with a growing pause; an operator who doesn't want to wait makes it anew.
-    for job in release.provision_jobs():
-        release.kube("delete", "job", job["metadata"]["name"])
-    release.helm.upgrade(release.values, "--wait-for-jobs")
-    release.wait_ready()
+    bootstrap_again(release)
     assert chat("check")["lost"] == {}
     saw(message[:160])
-
-
-def test_lost_store_stops_the_install(release: Release, chat: Caller, saw: Saw) -> None:
-    """The KEK is there but the store is empty: nothing is founded anew, and the message says what to do."""
-    kube = release.kube
-    chat("check")
-    other = Kube(f"{kube.namespace}")
-    assert other.exists("secret", f"{release.name}-kek")
-    saw("see the restore drill: the service stays unready on an empty store until the import")
 
 
 def export_job(container: Manifest) -> None:
@@ -103,6 +98,25 @@ def drill_pod(kube: Kube, name: str, cron_job: str) -> str:
     return until(f"pod of {name}", running)
 
 
+def newest_export(kube: Kube, pod: str) -> str:
+    """Return the name of the newest export in a pod's backups."""
+    listing = kube("exec", pod, "--", "python", "-c", "import os; print(*os.listdir('/backups'))")
+    return max(name for name in listing.split() if name.endswith(".export"))
+
+
+def import_export(kube: Kube, pod: str, name: str) -> str:
+    """Verify and import an export in a pod, and return what the command says."""
+    config = ("--config", "/etc/progressdb-kms/config.yaml")
+    command = ("exec", pod, "--", "progressdb-kms", "backup")
+    kube(*command, "verify", f"/backups/{name}", *config, timeout=600)
+    return kube(*command, "import", f"/backups/{name}", *config, timeout=600)
+
+
+def is_ready(pod: Manifest) -> bool:
+    """Tell whether a pod gets calls."""
+    return any(c["type"] == "Ready" and c["status"] == "True" for c in pod["status"].get("conditions", []))
+
+
 def copy_file(source: tuple[Kube, str, str], target: tuple[Kube, str, str]) -> str:
     """Copy a file from pod to pod and return its SHA-256."""
     kube, pod, path = source
@@ -119,9 +133,6 @@ def test_restore_drill(
     release: Release, chat: Caller, ops: Caller, make_namespace: Callable[[str], Kube], saw: Saw
 ) -> None:
     """The daily backup, imported into an empty store in another namespace with a copy of the KEK."""
-    values = release.values | {"backup": {"enabled": True, "destination": "pvc"}}
-    release.helm.upgrade(values)
-    release.values.update(values)
     chat("seed", SEED)
     census = ops("census")
     release.kube.create_job("backup-1", f"{release.name}-backup")
@@ -131,22 +142,18 @@ def test_restore_drill(
     kube = make_namespace("drill")
     kube.apply(release.kube.secret(f"{release.name}-kek").copy(kube.namespace))
     drill = Release(kube, Helm(kube.namespace, RELEASE, release.helm.image))
-    drill_values = values | {"kek": {"management": "existing"}, "clients": []}
+    kek = {"management": "existing", "secretName": f"{release.name}-kek", "storeIdKey": "store-id"}
+    drill_values = release.values | {"kek": kek, "clients": []}
     drill.helm.install(drill_values)
 
     source = drill_pod(release.kube, "drill-source", f"{release.name}-backup")
     target = drill_pod(kube, "drill-target", f"{release.name}-backup")
-    listing = release.kube("exec", source, "--", "python", "-c", "import os; print(*os.listdir('/backups'))")
-    name = next(name for name in listing.split() if name.endswith(".export"))
+    name = newest_export(release.kube, source)
     digest = copy_file((release.kube, source, f"/backups/{name}"), (kube, target, f"/backups/{name}"))
 
-    def kms(*command: str) -> str:
-        return kube("exec", target, "--", "progressdb-kms", *command, timeout=600)
-
-    config = ("--config", "/etc/progressdb-kms/config.yaml")
-    unready = [p["metadata"]["name"] for p in drill.service_pods()]
-    kms("backup", "verify", f"/backups/{name}", *config)
-    out = kms("backup", "import", f"/backups/{name}", *config)
+    unready = [pod for pod in drill.service_pods() if not is_ready(pod)]
+    assert len(unready) == len(drill.service_pods())
+    out = import_export(kube, target, name)
     drill.wait_ready()
     for where, job in ((release.kube, "drill-source"), (kube, "drill-target")):
         where("delete", "job", job)
@@ -170,3 +177,24 @@ def drill_census(drill: Release) -> dict[str, int]:
         return {row.split('"')[1]: int(float(row.rsplit(" ", 1)[1])) for row in rows}
 
     return until("the census", told)
+
+
+def test_lost_store_stops_the_install(release: Release, chat: Caller, saw: Saw) -> None:
+    """With the KEK but an emptied store an install stops and founds nothing; the last backup brings all back."""
+    release.kube.create_job("backup-2", f"{release.name}-backup")
+    release.kube.wait_for_job("backup-2")
+    release.helm("uninstall", release.name, "--wait", "--timeout", "4m")
+    release.kube("delete", "pvc", f"data-{release.name}-redis-0", "--timeout=120s")
+    reinstall(release)
+    message = refusal(release)
+    pods = release.service_pods()
+    assert pods
+    assert not [pod for pod in pods if is_ready(pod)]
+    pod = drill_pod(release.kube, "import", f"{release.name}-backup")
+    out = import_export(release.kube, pod, newest_export(release.kube, pod))
+    release.kube("delete", "job", "import")
+    bootstrap_again(release)
+    ledger = chat("check")
+    assert ledger["lost"] == {}
+    saw(message[:160])
+    saw(f"{out.strip().splitlines()[-1][:100]}; all {ledger['keys']} keys decrypt")
