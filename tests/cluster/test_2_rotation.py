@@ -107,9 +107,8 @@ def test_parallel_workers(release: Release, chat: Caller, ops: Caller, saw: Saw)
     assert after["active"] == before["active"] + 1
     assert after["rotation"]["outcome"] == "clean"
     assert chat("check")["lost"] == {}
-    saw(
-        f"{release.kube.get('job', 'rotate-3')['status']['completedIndexes']} completed {after['rotation']['id']}"
-    )
+    indexes = release.kube.get("job", "rotate-3")["status"]["completedIndexes"]
+    saw(f"indexes {indexes} completed {after['rotation']['id']}")
 
 
 def test_dry_run_changes_nothing(release: Release, ops: Caller, saw: Saw) -> None:

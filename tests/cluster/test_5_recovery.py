@@ -180,7 +180,7 @@ def drill_census(drill: Release) -> dict[str, int]:
 
 
 def test_lost_store_stops_the_install(release: Release, chat: Caller, saw: Saw) -> None:
-    """With the KEK but an emptied store an install stops and founds nothing; the last backup brings all back."""
+    """With the KEK but an emptied store an install stops; the last backup brings all back."""
     release.kube.create_job("backup-2", f"{release.name}-backup")
     release.kube.wait_for_job("backup-2")
     release.helm("uninstall", release.name, "--wait", "--timeout", "4m")
