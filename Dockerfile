@@ -18,19 +18,28 @@ RUN python -m venv /build && python -m venv --without-pip /opt/progressdb-kms \
         --only-binary :all: --require-hashes -r requirements/image.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY service service
-# Byte code is made here, since the root is read-only later, and checked against no clock: files of a layer have
-# whatever time its builder gave them.
 RUN /build/bin/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir /wheel . \
     && /build/bin/python -m pip --python /opt/progressdb-kms/bin/python install --quiet --no-compile --no-deps \
         --no-index /wheel/*.whl \
-    && /build/bin/python -m pip --python /opt/progressdb-kms/bin/python check \
-    && find /opt/progressdb-kms -name tests -type d -path '*/site-packages/*' -prune -exec rm -rf {} + \
-    && /opt/progressdb-kms/bin/python -m compileall -q --invalidation-mode unchecked-hash /opt/progressdb-kms/lib \
-    && rm -f /opt/progressdb-kms/bin/activate* /opt/progressdb-kms/bin/Activate* \
+    && /build/bin/python -m pip --python /opt/progressdb-kms/bin/python check
+# Byte code is made here, since the root is read-only later, and checked against no clock: files of a layer have
+# whatever time its builder gave them. Of the Kubernetes client, which is larger than all the rest, only the byte
+# code stays, and not its second form (aio); of the AWS client, the descriptions of the services that are called.
+RUN cd /opt/progressdb-kms/lib/python3*/site-packages \
+    && rm -rf kubernetes/aio \
+    && /opt/progressdb-kms/bin/python -m compileall -q -b --invalidation-mode unchecked-hash "$PWD/kubernetes" \
+    && find kubernetes -name '*.py' -delete \
+    && if [ -d botocore/data ]; then find botocore/data -mindepth 1 -maxdepth 1 -type d \
+        ! -name s3 ! -name sts ! -name 'sso*' -exec rm -rf {} +; fi \
+    && /opt/progressdb-kms/bin/python -m compileall -q --invalidation-mode unchecked-hash "$PWD" \
+    && rm -f /opt/progressdb-kms/bin/[Aa]ctivate* \
     && find /opt/progressdb-kms -exec touch --no-dereference --date=@${SOURCE_DATE_EPOCH} {} +
 
 FROM ${BASE}
-ARG SOURCE_DATE_EPOCH=0
+# Nothing is installed into a running service: the base's pip goes, and what could bring it back.
+RUN rm -rf /usr/bin/pip* /usr/local/bin/pip* /root/.cache \
+    && find /usr/lib /usr/local/lib -depth \( -path '*-packages/pip*' -o -path '*-packages/setuptools*' \
+        -o -path '*-packages/wheel*' -o -path '*-packages/pkg_resources*' -o -path '*/ensurepip*' \) -delete
 ARG VERSION=0
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="progressdb-kms" \
@@ -38,10 +47,6 @@ LABEL org.opencontainers.image.title="progressdb-kms" \
     org.opencontainers.image.licenses="Apache-2.0" \
     org.opencontainers.image.version="${VERSION}" \
     org.opencontainers.image.revision="${REVISION}"
-# Nothing is installed into a running service: the base's pip goes, and what could bring it back.
-RUN rm -rf /usr/local/bin/pip* /usr/local/lib/python3*/site-packages/pip* \
-        /usr/local/lib/python3*/site-packages/setuptools* /usr/local/lib/python3*/site-packages/wheel* \
-        /usr/local/lib/python3*/ensurepip /root/.cache
 COPY --from=build /opt/progressdb-kms /opt/progressdb-kms
 # No home and no byte code to write: the root is read-only, /tmp alone is not.
 ENV PATH=/opt/progressdb-kms/bin:/usr/local/bin:/usr/bin:/bin HOME=/tmp PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1

@@ -1,6 +1,7 @@
 """Checks that the locks in requirements/ are what pyproject.toml asks for.
 
-Every direct dependency is locked at a version that its range allows, the locks agree with each other, each line is one exact version with hashes, and no index address is in them. What only
+Every direct dependency is locked at a version that its range allows, the locks agree with each other,
+each line is one exact version with hashes, and no index address is in them. What only
 an index can tell (is there something newer?) is left to `scripts/lock`.
 
 Exit status: 0, or 1 with one line on stderr for each disagreement.
