@@ -3,7 +3,8 @@
 usage: check_image.py ARCHIVE [ANOTHER]
 
 Size above the base, user, entry point, signal and labels; that neither pip nor a compiler is in it, and
-nothing that is left from the build. With ANOTHER, a second build of the same sources: that its layers are the same.
+nothing that is left from the build. With ANOTHER, a second build of the same sources: that its layers are
+the same.
 
 Exit status: 0, or 1 with one line on stderr for each thing that is wrong.
 """
