@@ -42,8 +42,8 @@ run: install system-packages ## serve from .dev over mTLS, show a round trip, un
 	$(KMS) dev --dir .dev --demo $(ARGS)
 
 .PHONY: test
-test: install system-packages ## every test but the wheel's, with branch coverage
-	$(PYTEST) -n $(WORKERS) --dist loadscope -m 'not wheel and not cluster and not chart' --cov --cov-report=term $(ARGS)
+test: install system-packages ## every test but those of wheel, image, chart and cluster, with branch coverage
+	$(PYTEST) -n $(WORKERS) --dist loadscope -m 'not wheel and not image and not cluster and not chart' --cov --cov-report=term $(ARGS)
 
 .PHONY: test-fault
 test-fault: export FAULT_RUNS ?= 200
@@ -58,6 +58,21 @@ fuzz: install system-packages ## the property tests with 100 times the examples,
 .PHONY: test-wheel
 test-wheel: install ## build the wheel and test it in fresh environments
 	$(PYTEST) tests/packaging -m wheel $(ARGS)
+
+# Another builder's archive is taken as it is: make test-image IMAGE_ARCHIVE=FILE
+IMAGE_ARCHIVE ?= dist/image.tar
+
+.PHONY: image
+image: ## build the container image into dist/image.tar (docker buildx or buildah)
+	scripts/image --archive dist/image.tar $(ARGS)
+
+dist/image.tar:
+	$(MAKE) image
+
+.PHONY: test-image
+test-image: export IMAGE_ARCHIVE := $(IMAGE_ARCHIVE)
+test-image: install system-packages $(IMAGE_ARCHIVE) ## check the image and serve from it, as root
+	$(PYTEST) tests/image -m image --timeout=0 $(ARGS)
 
 # The quick unit tests on another Python: make test-3.12, make test-3.13
 test-3.%: .venv-3.%/.installed

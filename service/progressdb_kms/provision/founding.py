@@ -14,7 +14,7 @@ from progressdb_kms.domain.keyring import KEK_BYTES, KekState, check_value
 from progressdb_kms.kek.file import parse_keys, render_keys
 from progressdb_kms.ports import KekRegistry
 from progressdb_kms.provision.config import Kek
-from progressdb_kms.provision.kek import FOUNDED, Kept, Step, Stored, next_step
+from progressdb_kms.provision.kek import FOUNDED, PENDING, Kept, Step, Stored, next_step
 from progressdb_kms.provision.secrets import Change, Found, Ref, Secrets
 from progressdb_kms.usecases.keks import first_kek
 
@@ -96,10 +96,8 @@ async def _stored(registry: KekRegistry) -> Stored:
 
 def _kept(wanted: Kek, ref: Ref, found: Found) -> Kept:
     store_id = found.data.get(wanted.store_id_key, b"").decode("ascii", "replace").strip()
-    # A Secret with an id that was put back by hand, without annotations, was in use: else it had no id.
-    founded = FOUNDED in found.annotations or (bool(store_id) and not found.ours)
     keks = {version: check_value(key) for version, key in _keys(wanted, ref, found.data).items()}
-    return Kept(str(ref), keks, store_id, founded)
+    return Kept(str(ref), keks, store_id, found.annotations.get(FOUNDED, ""))
 
 
 def _keys(wanted: Kek, ref: Ref, data: Mapping[str, bytes]) -> dict[int, bytes]:
@@ -117,13 +115,14 @@ def _new(wanted: Kek) -> Change:
             wanted.key: render_keys({1: os.urandom(KEK_BYTES)}),
             wanted.store_id_key: _new_id().encode(),
         },
-        annotations=wanted.annotations,
+        annotations={**wanted.annotations, FOUNDED: PENDING},
     )
 
 
 def _noted(step: Step, wanted: Kek, stored: Stored | None) -> Change:
     if step is Step.NAME:
-        return Change("it names its store now", {wanted.store_id_key: _new_id().encode()}, theirs=True)
+        data = {wanted.store_id_key: _new_id().encode()}
+        return Change("it names its store now", data, annotations={FOUNDED: PENDING}, theirs=True)
     store_id = "" if stored is None else stored.store_id
     mark = {FOUNDED: store_id}
     if step is Step.PIN:

@@ -15,7 +15,8 @@ from typing import Final
 from progressdb_kms.domain.errors import ProvisionRefused
 
 FOUNDED: Final = "progressdb-kms.io/founded"
-"""Annotation of the Secret once the store's registry was made under it; its value is the store's id."""
+"""Annotation of the Secret: the id of the store once its registry was made under it, ``PENDING`` before."""
+PENDING: Final = "pending"
 
 
 class Step(StrEnum):
@@ -43,13 +44,21 @@ class Kept:
         name: How messages call it.
         keks: Check values by version; empty where it holds no KEK file.
         store_id: The store that they belong to; empty where that is not in it.
-        founded: Whether the store's registry was made under it.
+        mark: Its annotation FOUNDED; empty where it has none.
     """
 
     name: str
     keks: Mapping[int, str]
     store_id: str
-    founded: bool
+    mark: str
+
+    @property
+    def founded(self) -> bool:
+        """Whether a store had its registry made under it.
+
+        So it had if the Secret has an id and no mark at all: it was put back by hand from its data alone.
+        """
+        return self.mark != PENDING and bool(self.mark or self.store_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +104,7 @@ def next_step(name: str, kept: Kept | None, stored: Stored | None, *, create: bo
     if stored.empty:
         return _over_an_empty_store(kept, create=create)
     _require_same(kept, stored)
-    if not create or (kept.store_id and kept.founded):
+    if not create or (kept.store_id and kept.mark == stored.store_id):
         return Step.NOTHING
     return Step.MARK if kept.store_id else Step.PIN
 
