@@ -1,8 +1,8 @@
 """Write values.schema.json of the chart from its values.yaml, or check with --check that it is current.
 
-Names, defaults and descriptions (the ``# --`` comments) come from values.yaml alone, so that no value can lack an
-entry and no entry a value. What a default can't say (choices, bounds, forms, the fields of list items) stands
-in ``RULES`` here, by the value's path. Every object of ours is closed: an unknown key is refused.
+Names, defaults and descriptions (the ``# --`` comments) come from values.yaml alone, so that no value can lack
+an entry and no entry a value. What a default can't say (choices, bounds, forms, the fields of list items)
+stands in ``RULES`` here, by the value's path. Every object of ours is closed: an unknown key is refused.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ QUANTITY: Final = r"[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti|P|Pi|E|Ei)?"
 DURATION: Final = r"([0-9]+(\.[0-9]+)?(h|m|s|ms))+"
 CIDR: Final = r"[0-9a-fA-F.:]+/[0-9]{1,3}"
 # Macros, and five fields; whether 31 February ever comes is the API server's business.
-CRON: Final = r"@(yearly|annually|monthly|weekly|daily|midnight|hourly)|[-0-9A-Za-z*/,?]+( +[-0-9A-Za-z*/,?]+){4}"
+CRON: Final = (
+    r"@(yearly|annually|monthly|weekly|daily|midnight|hourly)|[-0-9A-Za-z*/,?]+( +[-0-9A-Za-z*/,?]+){4}"
+)
 REDIS_SIZE: Final = r"(0|[1-9][0-9]*)([kmgKMG][bB]?)?"
 PEM: Final = r"-----BEGIN PUBLIC KEY-----[\sA-Za-z0-9+/=]+-----END PUBLIC KEY-----\s*"
 IDENTITY: Final = r"dns:[-a-z0-9.*]+|spiffe://[^\s]+|cn:\S.{0,63}"
@@ -88,13 +90,18 @@ PERMISSION_LIST: Final = listed(choice(*PERMISSIONS), 1)
 PIN_LIST: Final = listed(text("[0-9a-f]{64}"))
 CLIENT: Final = closed(
     {
-        "name": text(LABEL, maxLength=40, description="Name, also of its Secret: `<fullname>-client-<name>`."),
+        "name": text(
+            LABEL, maxLength=40, description="Name, also of its Secret: `<fullname>-client-<name>`."
+        ),
         "namespace": text(
             rf"({LABEL})?", maxLength=63, description="Namespace it runs in (must exist); else the release's."
         ),
         "identity": text(
             rf"({IDENTITY})?",
-            description="What its certificate says: `dns:...`, `spiffe://...` or `cn:...`; else `dns:<name>.<namespace>.svc`.",
+            description=(
+                "What its certificate says: `dns:...`, `spiffe://...` or `cn:...`;"
+                " else `dns:<name>.<namespace>.svc`."
+            ),
         ),
         "permissions": {
             **PERMISSION_LIST,
@@ -258,9 +265,7 @@ RULES: Final[dict[str, Schema]] = {
 def rule_name(path: str) -> str | None:
     """Return the name of the rule for the value at ``path``, the longest one that fits its end."""
     fitting = [
-        name
-        for name in RULES
-        if re.fullmatch(r"(?:.*\.)?" + re.escape(name).replace(r"\*", r"[^.]*"), path)
+        name for name in RULES if re.fullmatch(r"(?:.*\.)?" + re.escape(name).replace(r"\*", r"[^.]*"), path)
     ]
     return max(fitting, key=len, default=None)
 

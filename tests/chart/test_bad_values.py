@@ -24,7 +24,10 @@ COMBINATIONS = {
         at(EXTERNAL, "externalStore.url", "rediss://kms:secret@h:6379/0"),
         "put the password into the Secret",
     ),
-    "no Secret of the store": (at(EXTERNAL, "externalStore.secretName", ""), "externalStore.secretName is needed"),
+    "no Secret of the store": (
+        at(EXTERNAL, "externalStore.secretName", ""),
+        "externalStore.secretName is needed",
+    ),
     "store without TLS": (at(EXTERNAL, "externalStore.url", "redis://h:6379/0"), "use rediss://"),
     "store without CA": (at(EXTERNAL, "externalStore.caKey", ""), "externalStore.caKey is needed"),
     "certificate without key": (at(EXTERNAL, "externalStore.certKey", "tls.crt"), "give both, or neither"),
@@ -40,7 +43,10 @@ COMBINATIONS = {
         at(EXTERNAL, "externalStore.url", "rediss+cluster://a:1,b:2"),
         "externalStore.minReplicas must be at least 1",
     ),
-    "no server certificate": ({"tls": {"mode": "existingSecret"}, "redis": {"tls": {"mode": "generated"}}}, "needs tls.existingSecret.server"),
+    "no server certificate": (
+        {"tls": {"mode": "existingSecret"}, "redis": {"tls": {"mode": "generated"}}},
+        "needs tls.existingSecret.server",
+    ),
     "no client CA": (at(EXISTING, "tls.existingSecret.clientCa", ""), "needs tls.existingSecret.clientCa"),
     "store follows to existing": (
         {"tls": EXISTING["tls"]},
@@ -84,7 +90,10 @@ COMBINATIONS = {
     "external KEK without a name": ({"kek": {"management": "external"}}, "needs kek.secretName"),
     "one key for two things": ({"kek": {"key": "a", "storeIdKey": "a"}}, "must be two keys"),
     "S3 without a bucket": ({"backup": {"destination": "s3"}}, "needs backup.s3.url"),
-    "fewest above most": ({"autoscaling": {"enabled": True, "minReplicas": 9}}, "at least autoscaling.minReplicas"),
+    "fewest above most": (
+        {"autoscaling": {"enabled": True, "minReplicas": 9}},
+        "at least autoscaling.minReplicas",
+    ),
     "two clients of one name": ({"clients": [CHAT, {**CHAT, "namespace": "b"}]}, "two are named chat"),
     "two clients of one identity": (
         {"clients": [CHAT, {"name": "b", "identity": "dns:chat.chat.svc"}]},
@@ -145,7 +154,7 @@ WRONG = {
 
 @pytest.mark.parametrize("path", WRONG)
 def test_the_schema_names_what_is_wrong(path):
-    """A wrong value is refused by its path: durability, client certificates and the snapshot can't be switched off."""
+    """A wrong value is refused by its path; no value switches durability or client certificates off."""
     message = refusal(at({}, path, WRONG[path]))
     assert "meet the specifications of the schema" in message
     assert path.split(".", maxsplit=1)[0] in message

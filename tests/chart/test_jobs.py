@@ -12,6 +12,7 @@ MODES = pytest.mark.parametrize(
 
 
 def bootstrap(values=None):
+    """Return the bootstrap Job."""
     [job] = [item for item in objects(values) if item["kind"] == "Job"]
     return job
 
@@ -40,7 +41,13 @@ def test_the_bootstraps_name_changes_with_its_work(values):
 
 
 @pytest.mark.parametrize(
-    "values", [{"replicaCount": 3}, {"rotation": {"schedule": "0 1 * * *"}}, {"redis": {"podAnnotations": {"a": "b"}}}, {"policy": {"rules": [{"identities": ["cn:a"], "permissions": ["key:read"]}]}}]
+    "values",
+    [
+        {"replicaCount": 3},
+        {"rotation": {"schedule": "0 1 * * *"}},
+        {"redis": {"podAnnotations": {"a": "b"}}},
+        {"policy": {"rules": [{"identities": ["cn:a"], "permissions": ["key:read"]}]}},
+    ],
 )
 def test_the_bootstrap_is_not_repeated_needlessly(values):
     """What is none of its work starts no new bootstrap."""
@@ -67,7 +74,14 @@ def _template(suffix, values=None):
 
 
 @pytest.mark.parametrize(
-    "values", [{"clients": [{"name": "a"}]}, {"policy": {"rules": [{"identities": ["cn:a"], "permissions": ["key:read"]}]}}, {"tls": {"generated": {"days": 40}}}, {"rotation": {"schedule": "0 1 * * *"}}, {"replicaCount": 5}]
+    "values",
+    [
+        {"clients": [{"name": "a"}]},
+        {"policy": {"rules": [{"identities": ["cn:a"], "permissions": ["key:read"]}]}},
+        {"tls": {"generated": {"days": 40}}},
+        {"rotation": {"schedule": "0 1 * * *"}},
+        {"replicaCount": 5},
+    ],
 )
 def test_what_is_reloaded_restarts_nothing(values):
     """Clients, policy, certificates and schedules leave the pods of the service and the store as they are."""
@@ -90,7 +104,7 @@ def test_a_setting_of_the_store_restarts_the_store_alone():
 
 
 def test_rollout_takes_no_instance_away():
-    """maxUnavailable 0, a grace period for the drain, two instances spread where that can be had."""
+    """No instance may be missing, a grace period for the drain, two instances spread where that can be had."""
     deployment = one("Deployment", "", objects())["spec"]
     assert deployment["replicas"] == 2
     assert deployment["strategy"]["rollingUpdate"] == {"maxUnavailable": 0, "maxSurge": 1}
@@ -136,15 +150,29 @@ def test_the_dry_run_never_starts_by_itself():
 
 def test_backups_to_a_claim_and_to_s3():
     """To a claim by --directory; to S3 by --s3, with credentials from a Secret and room to spool."""
-    container = one("CronJob", "-backup", objects())["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0]
+    container = one("CronJob", "-backup", objects())["spec"]["jobTemplate"]["spec"]["template"]["spec"][
+        "containers"
+    ][0]
     assert container["args"][:2] == ["backup", "create"]
     assert container["args"][-2:] == ["--directory", "/backups"]
     assert "--keep=14" in container["args"]
-    pod = one("CronJob", "-backup", objects(mode("existing")))["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    pod = one("CronJob", "-backup", objects(mode("existing")))["spec"]["jobTemplate"]["spec"]["template"][
+        "spec"
+    ]
     container = pod["containers"][0]
-    assert container["args"][-4:] == ["--s3", "s3://backups/kms", "--s3-endpoint", "https://minio.minio.svc:9000"]
+    assert container["args"][-4:] == [
+        "--s3",
+        "s3://backups/kms",
+        "--s3-endpoint",
+        "https://minio.minio.svc:9000",
+    ]
     assert {"name": "tmp", "emptyDir": {"sizeLimit": "2Gi"}} in pod["volumes"]
-    assert {variable["name"] for variable in container["env"]} >= {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION", "POD_UID"}
+    assert {variable["name"] for variable in container["env"]} >= {
+        "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_REGION",
+        "POD_UID",
+    }
 
 
 @MODES
@@ -161,7 +189,12 @@ def test_a_client_has_what_it_was_given():
         {
             "clients": [
                 {"name": "chat", "namespace": "chat", "threadPrefixes": ["room:"], "pinned": True},
-                {"name": "ops", "identity": "spiffe://td/ns/ops/sa/a", "permissions": ["key:read"], "secretName": "mine"},
+                {
+                    "name": "ops",
+                    "identity": "spiffe://td/ns/ops/sa/a",
+                    "permissions": ["key:read"],
+                    "secretName": "mine",
+                },
                 {"name": "old", "identity": "cn:old server", "spkiSha256": ["a" * 64]},
                 {"name": "guest", "identity": "dns:g-*.x", "certificate": False},
             ],
@@ -183,7 +216,12 @@ def test_a_client_has_what_it_was_given():
     }
     assert set(made) == {f"{FULLNAME}-client-chat", "mine", f"{FULLNAME}-client-old"}
     chat = made[f"{FULLNAME}-client-chat"]
-    assert (chat["namespace"], chat["dns"], chat["keep_key"], chat["trust"]) == ("chat", ["chat.chat.svc"], True, ["server"])
+    assert (chat["namespace"], chat["dns"], chat["keep_key"], chat["trust"]) == (
+        "chat",
+        ["chat.chat.svc"],
+        True,
+        ["server"],
+    )
     assert made["mine"]["uri"] == ["spiffe://td/ns/ops/sa/a"]
     assert made[f"{FULLNAME}-client-old"]["common_name"] == "old server"
     assert "dns" not in made[f"{FULLNAME}-client-old"]
@@ -193,18 +231,28 @@ def test_the_test_calls_over_mutual_tls():
     """`helm test` runs the round trip with a certificate of its own, in a pod without a token."""
     pod = one("Pod", "-test", objects())
     assert pod["metadata"]["annotations"]["helm.sh/hook"] == "test"
-    assert pod["spec"]["containers"][0]["args"][:2] == ["roundtrip", f"--endpoint=https://{FULLNAME}.kms.svc:8443"]
+    assert pod["spec"]["containers"][0]["args"][:2] == [
+        "roundtrip",
+        f"--endpoint=https://{FULLNAME}.kms.svc:8443",
+    ]
     assert pod["spec"]["volumes"][0]["secret"]["secretName"] == f"{FULLNAME}-test-client"
-    values = {"tls": {"mode": "existingSecret", "existingSecret": {"server": "s", "clientCa": "c"}}, "redis": {"tls": {"mode": "generated"}}}
+    values = {
+        "tls": {"mode": "existingSecret", "existingSecret": {"server": "s", "clientCa": "c"}},
+        "redis": {"tls": {"mode": "generated"}},
+    }
     assert not [item for item in objects(values) if item["kind"] == "Pod"]
 
 
-@pytest.mark.parametrize("release", ["kms", "progressdb-kms", "a" * 53, "my-progressdb-kms-in-a-rather-long-release-name"])
+@pytest.mark.parametrize(
+    "release", ["kms", "progressdb-kms", "a" * 53, "my-progressdb-kms-in-a-rather-long-release-name"]
+)
 def test_names_fit(release):
-    """Names of all objects fit, however long the release's is: 52 characters for a CronJob, 63 for what becomes a label."""
+    """Names fit, however long the release's is: 52 characters for a CronJob, 63 for what becomes a label."""
     rendered = objects({"monitoring": {"serviceMonitor": {"enabled": True}}}, release=release)
     for item in rendered:
-        limit = {"CronJob": 52, "StatefulSet": 52, "Service": 63, "Job": 63, "Pod": 63, "Deployment": 47}.get(item["kind"], 253)
+        limit = {"CronJob": 52, "StatefulSet": 52, "Service": 63, "Job": 63, "Pod": 63, "Deployment": 47}.get(
+            item["kind"], 253
+        )
         assert len(item["metadata"]["name"]) <= limit, item["metadata"]["name"]
     names = [(item["kind"], item["metadata"]["name"]) for item in rendered]
     assert len(names) == len(set(names))

@@ -36,7 +36,8 @@ def test_alerts_cover_what_the_operations_page_says_to_watch():
     alerted = set().union(*(_named(rule["expr"]) for rule in rules))
     watched = {
         "kms_ready", "kms_store_reachable", "kms_store_problems", "kms_reload_failed",
-        "kms_certificate_expiry_timestamp_seconds", "kms_wrapped_key_invalid_total", "kms_key_uses_high_total",
+        "kms_certificate_expiry_timestamp_seconds", "kms_wrapped_key_invalid_total",
+        "kms_key_uses_high_total",
         "kms_kek_active_age_seconds", "kms_kek_census", "kms_rotation_running", "kms_rotation_quarantined",
         "kms_tls_handshake_refusals_total", "kms_requests_total",
     }  # fmt: skip
@@ -46,7 +47,7 @@ def test_alerts_cover_what_the_operations_page_says_to_watch():
 def test_alerts_match_the_services_pods():
     """The pattern of pods in the expressions fits names that Deployments give, and no job's."""
     rules = one("PrometheusRule", "", objects(EVERYTHING))["spec"]["groups"][0]["rules"]
-    pattern = re.search(r'pod=~"([^"]+)"', rules[0]["expr"])[1]
+    [pattern] = re.findall(r'pod=~"([^"]+)"', rules[0]["expr"])
     assert re.fullmatch(pattern, "kms-progressdb-kms-7d4b9cbf6d-x2lvq")
     assert not re.fullmatch(pattern, "kms-progressdb-kms-rotate-29384756-abcde")
 
@@ -65,11 +66,16 @@ def test_the_dashboard_is_json_over_documented_metrics():
 
 def test_nothing_of_monitoring_by_default():
     """Kinds that a cluster may lack are only made when asked for."""
-    assert not {item["kind"] for item in objects()} & {"ServiceMonitor", "PrometheusRule", "Certificate", "Issuer"}
+    assert not {item["kind"] for item in objects()} & {
+        "ServiceMonitor",
+        "PrometheusRule",
+        "Certificate",
+        "Issuer",
+    }
 
 
 def test_the_servicemonitor_finds_the_admin_port():
-    """The ServiceMonitor selects the headless Service, which selects the service's pods by the port's name."""
+    """The ServiceMonitor selects the headless Service, and that the service's pods."""
     rendered = objects(EVERYTHING)
     monitor, service = one("ServiceMonitor", "", rendered), one("Service", "-admin", rendered)
     assert monitor["spec"]["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()

@@ -8,10 +8,12 @@ INSTANCE = {"app.kubernetes.io/name": "progressdb-kms", "app.kubernetes.io/insta
 
 
 def policy(suffix, values=None):
+    """Return the spec of a NetworkPolicy."""
     return one("NetworkPolicy", suffix, objects(values))["spec"]
 
 
 def component(name):
+    """Return the peer that is one component of the release."""
     return {"podSelector": {"matchLabels": {**INSTANCE, "app.kubernetes.io/component": name}}}
 
 
@@ -33,9 +35,14 @@ def test_with_no_clients_only_the_test_may_call():
 
 def test_clients_come_from_their_namespaces_and_pods():
     """A client is let in from its namespace, and where podLabels are given from such pods alone."""
-    clients = [{"name": "chat", "namespace": "chat", "podLabels": {"app": "chat"}}, {"name": "b", "namespace": "b"}]
+    clients = [
+        {"name": "chat", "namespace": "chat", "podLabels": {"app": "chat"}},
+        {"name": "b", "namespace": "b"},
+    ]
     extra = [{"ipBlock": {"cidr": "10.0.0.0/8"}}]
-    sources = policy("-service", {"clients": clients, "networkPolicy": {"extraClients": extra}})["ingress"][0]["from"]
+    sources = policy("-service", {"clients": clients, "networkPolicy": {"extraClients": extra}})["ingress"][
+        0
+    ]["from"]
     assert sources == [
         {
             "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "chat"}},
@@ -53,18 +60,34 @@ def test_the_store_is_reached_by_its_callers_and_reaches_nobody():
     [rule] = spec["ingress"]
     [source] = rule["from"]
     assert source["podSelector"]["matchLabels"] == INSTANCE
-    assert source["podSelector"]["matchExpressions"][0]["values"] == ["service", "rotate", "backup", "provision"]
+    assert source["podSelector"]["matchExpressions"][0]["values"] == [
+        "service",
+        "rotate",
+        "backup",
+        "provision",
+    ]
     assert spec["egress"] == []
 
 
-@pytest.mark.parametrize("job,store,api", [("rotate", True, True), ("provision", True, True), ("backup", True, True), ("renew", False, True), ("test", False, False)])
+@pytest.mark.parametrize(
+    "job,store,api",
+    [
+        ("rotate", True, True),
+        ("provision", True, True),
+        ("backup", True, True),
+        ("renew", False, True),
+        ("test", False, False),
+    ],
+)
 def test_jobs_take_no_calls_and_make_few(job, store, api):
     """A job has no ingress, and egress to DNS, the store and the API server only where it needs them."""
     spec = policy(f"-{job}")
     assert spec["podSelector"]["matchLabels"] == {**INSTANCE, "app.kubernetes.io/component": job}
     assert spec["ingress"] == []
     ports = {port["port"] for rule in spec["egress"] for port in rule["ports"]}
-    assert ports == {53} | ({6379} if store else set()) | ({443, 6443} if api else set()) | ({8443} if job == "test" else set())
+    assert ports == {53} | ({6379} if store else set()) | ({443, 6443} if api else set()) | (
+        {8443} if job == "test" else set()
+    )
 
 
 def test_every_pod_has_a_policy_of_its_own():
@@ -84,9 +107,14 @@ def test_an_external_store_and_s3_may_be_narrowed():
     values["externalStore"]["networkPolicyTo"] = [{"ipBlock": {"cidr": "10.9.0.0/16"}}]
     values["networkPolicy"] = {"apiServer": {"cidrs": ["10.0.0.1/32"]}}
     egress = policy("-backup", values)["egress"]
-    assert {"ports": [{"port": 6379, "protocol": "TCP"}, {"port": 26379, "protocol": "TCP"}], "to": [{"ipBlock": {"cidr": "10.9.0.0/16"}}]} in egress
+    assert {
+        "ports": [{"port": 6379, "protocol": "TCP"}, {"port": 26379, "protocol": "TCP"}],
+        "to": [{"ipBlock": {"cidr": "10.9.0.0/16"}}],
+    } in egress
     assert {"ports": [{"port": 9000, "protocol": "TCP"}]} in egress
-    assert [rule["to"] for rule in egress if rule["ports"][0]["port"] == 443] == [[{"ipBlock": {"cidr": "10.0.0.1/32"}}]]
+    assert [rule["to"] for rule in egress if rule["ports"][0]["port"] == 443] == [
+        [{"ipBlock": {"cidr": "10.0.0.1/32"}}]
+    ]
 
 
 def test_can_be_left_to_the_cluster():

@@ -87,12 +87,14 @@ def test_secrets_are_mounted_for_the_group_alone(values):
 
 @MODES
 def test_client_certificates_are_always_asked_for(values):
-    """The configuration has a client CA in each mode, mounted from a trust bundle that holds no leaf and no key."""
+    """Each mode has a client CA, mounted from a bundle of trust that holds no leaf and no key."""
     rendered = objects(values)
     config = document(rendered, "-config", "config.yaml")
     assert config["tls"]["client_ca"] == "/etc/progressdb-kms/client-ca/ca.crt"
-    assert config["listen"] == {"host": "0.0.0.0", "port": 8443}
-    sources = one("Deployment", "", rendered)["spec"]["template"]["spec"]["volumes"][0]["projected"]["sources"]
+    assert set(config["listen"]) == {"host", "port"}
+    sources = one("Deployment", "", rendered)["spec"]["template"]["spec"]["volumes"][0]["projected"][
+        "sources"
+    ]
     trust = [
         source["secret"]
         for source in sources
@@ -105,7 +107,7 @@ def test_client_certificates_are_always_asked_for(values):
 
 
 def test_the_clients_ca_signs_nothing_else():
-    """By default clients, the server and the store have three CAs, and the bundle of trust names the clients' alone."""
+    """Clients, the server and the store have three CAs, and the bundle of trust names the clients' alone."""
     certificates = document(objects(), "-provision", "provision.yaml")["certificates"]
     assert {item["name"] for item in certificates["authorities"]} == {"server", "client", "redis"}
     bundles = {item["secret"]: item["authorities"] for item in certificates["bundles"]}
@@ -116,7 +118,7 @@ def test_the_clients_ca_signs_nothing_else():
 
 
 def test_certmanager_has_a_ca_for_each_purpose():
-    """Three CAs, three Issuers; a client's certificate comes from the clients' alone; a pinned one keeps its key."""
+    """A client's certificate comes from the clients' CA alone, and a pinned client keeps its key."""
     rendered = objects(mode("certmanager"))
     issuers = {item["metadata"]["name"] for item in rendered if item["kind"] == "Issuer"}
     assert issuers == {f"{FULLNAME}-{name}" for name in ("selfsigned", "server-ca", "client-ca", "redis-ca")}
@@ -132,7 +134,9 @@ def test_clusterissuer_issues_in_the_clients_namespace():
     """With a ClusterIssuer the Certificate lies in its client's own namespace, and nothing is copied."""
     rendered = objects(mode("clusterissuer"))
     found = [
-        item for item in rendered if item["kind"] == "Certificate" and item["spec"]["secretName"].endswith("-client-chat")
+        item
+        for item in rendered
+        if item["kind"] == "Certificate" and item["spec"]["secretName"].endswith("-client-chat")
     ]
     assert [item["metadata"]["namespace"] for item in found] == ["chat"]
     assert "copies" not in document(rendered, "-provision", "provision.yaml").get("certificates", {})
@@ -184,15 +188,19 @@ def test_an_external_kek_is_never_written():
 
 
 def test_the_renewal_can_not_read_the_kek():
-    """The CronJob that renews certificates has an account that reaches neither the KEK nor the store's passwords."""
-    named = {name for rule in _roles(objects())[NAMESPACE, f"{FULLNAME}-renew"] for name in rule.get("resourceNames", [])}
+    """The renewal's account reaches neither the KEK nor the store's passwords."""
+    named = {
+        name
+        for rule in _roles(objects())[NAMESPACE, f"{FULLNAME}-renew"]
+        for name in rule.get("resourceNames", [])
+    }
     assert f"{FULLNAME}-server-tls" in named
     assert not named & {f"{FULLNAME}-kek", f"{FULLNAME}-redis-auth"}
     assert set(document(objects(), "-provision", "renew.yaml")) == {"namespace", "labels", "certificates"}
 
 
 def test_rights_in_a_clients_namespace_are_for_its_secret_alone():
-    """In another namespace the bootstrap and the renewal may create Secrets, and get and patch that one client's."""
+    """Elsewhere the bootstrap and the renewal may create Secrets, and get and patch that one client's."""
     rendered = objects({"clients": [{"name": "chat", "namespace": "chat"}]})
     foreign = {name: rules for (namespace, name), rules in _roles(rendered).items() if namespace == "chat"}
     assert set(foreign) == {f"{FULLNAME}-provision-kms", f"{FULLNAME}-renew-kms"}
@@ -222,7 +230,7 @@ def test_secrets_of_jobs_carry_no_instance_label():
 
 
 def test_the_store_loses_nothing():
-    """AOF with an fsync for each write, no eviction, no pause of fsync, no plain port, callers' certificates."""
+    """An fsync for each write, no eviction, no pause of fsync, no plain port, callers' certificates."""
     lines = one("ConfigMap", "-redis", objects())["data"]["redis.conf"].splitlines()
     assert {
         "port 0",
@@ -245,7 +253,7 @@ def test_claim_templates_carry_no_versions():
 
 
 def test_each_container_of_the_store_sees_its_own_password():
-    """The store sees the ACL's digests and the probe's password, the sidecar its own, neither the service's."""
+    """The store sees digests and the probe's password, the sidecar its own, neither the service's."""
     spec = one("StatefulSet", "-redis", objects())["spec"]["template"]["spec"]
     volumes = {volume["name"]: volume for volume in spec["volumes"]}
     keys = {name: {item["key"] for item in volumes[name]["secret"]["items"]} for name in ("auth", "reload")}
@@ -305,7 +313,9 @@ def test_the_same_bytes_twice(values):
 
 def test_templates_ask_nobody():
     """No template takes anything from chance, a clock or the cluster."""
-    forbidden = re.compile(r"\b(rand\w+|gen\w+|lookup|now|date\w*|uuidv4|derivePassword|bcrypt|htpasswd|getHostByName)\b")
+    forbidden = re.compile(
+        r"\b(rand\w+|gen\w+|lookup|now|date\w*|uuidv4|derivePassword|bcrypt|htpasswd|getHostByName)\b"
+    )
     for path in (CHART / "templates").rglob("*"):
         if path.is_file():
             for action in re.findall(r"\{\{.*?\}\}", path.read_text(), re.DOTALL):
