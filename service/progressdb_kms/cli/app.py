@@ -26,6 +26,7 @@ _COMMANDS: Final = {
     "keys": "keys:keys",
     "openapi": "serve:openapi",
     "pki": "pki_commands:pki",
+    "provision": "provision:provision",
     "rotate": "rotate:rotate",
     "rotations": "rotations:rotations",
     "restore": "restore:restore",
