@@ -43,7 +43,7 @@ run: install system-packages ## serve from .dev over mTLS, show a round trip, un
 
 .PHONY: test
 test: install system-packages ## every test but the wheel's, with branch coverage
-	$(PYTEST) -n $(WORKERS) --dist loadscope -m 'not wheel' --cov --cov-report=term $(ARGS)
+	$(PYTEST) -n $(WORKERS) --dist loadscope -m 'not wheel and not cluster and not chart' --cov --cov-report=term $(ARGS)
 
 .PHONY: test-fault
 test-fault: export FAULT_RUNS ?= 200
@@ -126,11 +126,24 @@ chart-docs: install ## write the chart's values.schema.json and README.md (needs
 	$(BIN)/python scripts/chart_schema.py
 	helm-docs --chart-search-root $(CHART) --log-level warning
 
-test-chart: install ## the chart's tests over helm template (needs helm)
-	$(PYTEST) tests/chart -n $(WORKERS) --dist loadscope --no-cov $(ARGS)
+test-chart: install ## the tests of the chart and of the Tiltfile over helm template (needs helm)
+	$(PYTEST) tests/chart tests/tilt -n $(WORKERS) --dist loadscope --no-cov $(ARGS)
 
-.PHONY: test-cluster test-examples docs
-test-cluster test-examples docs:
+.PHONY: manifests
+manifests: install ## write deploy/k8s from the chart (needs helm)
+	$(BIN)/python scripts/manifests.py
+
+.PHONY: check-manifests
+check-manifests: install ## is deploy/k8s what the chart renders, and do its overlays build? (needs helm, kubectl)
+	$(BIN)/python scripts/manifests.py --check
+
+# Needs KUBECONFIG, and in IMAGE the name of an image that the nodes have: docs/kubernetes.md.
+.PHONY: test-cluster
+test-cluster: install ## the chart's life on a real cluster: make test-cluster IMAGE=progressdb-kms:test
+	IMAGE="$(IMAGE)" $(PYTEST) tests/cluster -m cluster --timeout=900 $(ARGS)
+
+.PHONY: test-examples docs
+test-examples docs:
 	@echo "make $@: there is nothing here yet" >&2; exit 1
 
 .PHONY: clean

@@ -53,6 +53,8 @@ def test_no_command_shows_the_help(kms: Command) -> None:
         ["encrypt", "--key-id", "k", "--raw", "--json"],
         ["pki", "issue", "--dir", "x"],
         ["decrypt", "--key-id", "k", "--in", "/none"],
+        ["rotate", "--config", "c", "--indexed"],
+        ["rotate", "--config", "c", "--indexed", "--worker"],
     ],
 )
 def test_wrong_usage_is_one_line_and_code_2(kms: Command, words: list[str]) -> None:
