@@ -134,10 +134,9 @@ def another(path, schema):
     default = schema["default"]
     if path in OTHER:
         return OTHER[path]
-    if "enum" in schema:
-        return next(value for value in schema["enum"] if value != default)
-    if isinstance(default, bool):
-        return not default
+    choices = schema.get("enum", [True, False] if isinstance(default, bool) else [])
+    if choices:
+        return next(value for value in choices if value != default)
     if isinstance(default, int | float):
         return default - 1 if default > schema.get("minimum", 1) else default + 1
     if isinstance(default, str):

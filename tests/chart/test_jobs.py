@@ -1,9 +1,13 @@
 """The bootstrap, the rotation, the backup and the renewal."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
 from progressdb_kms.domain.policy import parse_policy
+from progressdb_kms.provision.config import parse_config
+from progressdb_kms.settings import parse_settings
 from tests.chart.rendering import FULLNAME, document, every_mode, mode, objects, one
 
 MODES = pytest.mark.parametrize(
@@ -104,7 +108,7 @@ def test_a_setting_of_the_store_restarts_the_store_alone():
 
 
 def test_rollout_takes_no_instance_away():
-    """No instance may be missing, a grace period for the drain, two instances spread where that can be had."""
+    """No instance may be missing, there is time for the drain, and two are spread where that can be had."""
     deployment = one("Deployment", "", objects())["spec"]
     assert deployment["replicas"] == 2
     assert deployment["strategy"]["rollingUpdate"] == {"maxUnavailable": 0, "maxSurge": 1}
@@ -257,3 +261,22 @@ def test_names_fit(release):
     names = [(item["kind"], item["metadata"]["name"]) for item in rendered]
     assert len(names) == len(set(names))
     yaml.safe_dump(rendered)
+
+
+@MODES
+def test_the_bootstraps_file_is_accepted_by_provision(values):
+    """provision.yaml and renew.yaml are what `progressdb-kms provision` takes."""
+    rendered = objects(values)
+    files = one("ConfigMap", "-provision", rendered)["data"]
+    assert "provision.yaml" in files
+    for name in files:
+        assert parse_config(document(rendered, "-provision", name), Path("/")).namespace == "kms"
+
+
+@MODES
+def test_the_configuration_is_accepted_by_the_service(values):
+    """config.yaml is what the service takes, and with a made KEK it ties the KEK to its store."""
+    settings = parse_settings(document(objects(values), "-config", "config.yaml"), Path("/"))
+    assert settings.tls is not None
+    expected = None if "kek" in values and "storeIdKey" not in values["kek"] else "store-id"
+    assert (settings.store.id_file and settings.store.id_file.name) == expected
