@@ -1,8 +1,8 @@
 """Write values.schema.json of the chart from its values.yaml, or check with --check that it is current.
 
-Names, defaults and descriptions (the ``# --`` comments) come from values.yaml alone, so that no value can lack an
-entry and no entry a value. What a default can't say (choices, bounds, forms, the fields of list items) stands
-in ``RULES`` here, by the value's path. Every object of ours is closed: an unknown key is refused.
+Names, defaults and descriptions (the ``# --`` comments) come from values.yaml alone, so that no value can
+lack an entry and no entry a value. What a default can't say (choices, bounds, forms, the fields of list
+items) stands in ``RULES`` here, by the value's path. Every object of ours is closed.
 """
 
 from __future__ import annotations
@@ -98,7 +98,10 @@ CLIENT: Final = closed(
         ),
         "identity": text(
             rf"({IDENTITY})?",
-            description="What its certificate says: `dns:...`, `spiffe://...` or `cn:...`; else `dns:<name>.<namespace>.svc`.",
+            description=(
+                "What its certificate says: `dns:...`, `spiffe://...` or `cn:...`;"
+                " else `dns:<name>.<namespace>.svc`."
+            ),
         ),
         "permissions": {
             **PERMISSION_LIST,

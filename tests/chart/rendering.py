@@ -85,7 +85,7 @@ def one(kind: str, suffix: str, rendered: list[Object], namespace: str = NAMESPA
 
 
 def pod_templates(rendered: list[Object]) -> dict[str, Object]:
-    """Return what pods are made from, by kind and name: template (or the pod itself) with metadata and spec."""
+    """Return what pods are made from, by kind and name: the template, or the pod itself."""
     found = {}
     for item in rendered:
         name = f"{item['kind']} {item['metadata']['name']}"
@@ -108,15 +108,15 @@ def containers(rendered: list[Object]) -> list[tuple[str, Object]]:
     ]
 
 
-def document(rendered: list[Object], suffix: str, key: str) -> Any:  # noqa: ANN401 - whatever YAML holds
+def document(rendered: list[Object], suffix: str, key: str) -> Any:
     """Return a YAML file of a ConfigMap, parsed."""
     return yaml.load(one("ConfigMap", suffix, rendered)["data"][key], yaml.CSafeLoader)
 
 
-def at(values: Values, path: str, value: Any) -> Values:  # noqa: ANN401 - any value
-    """Return a copy of ``values`` with one more value at a dotted path; a dot within a name is written ``\\.``."""
+def at(values: Values, path: str, value: Any) -> Values:
+    """Return a copy of ``values`` with one more value at a dotted path."""
     copy = json.loads(json.dumps(values))
-    *parents, last = (name.replace("\0", ".") for name in path.replace("\\.", "\0").split("."))
+    *parents, last = path.split(".")
     target = copy
     for name in parents:
         target = target.setdefault(name, {})
