@@ -94,6 +94,8 @@ class Store(_Section, frozen=True, kw_only=True):
     Attributes:
         url: ``redis://``, ``rediss://``, ``unix://``, ``redis+sentinel://``, ``redis+cluster://``.
         password_file: File with the password, so that it stands in no configuration.
+        id_file: File with the id of the store that the KEK belongs to. With it no service makes a registry in
+            an empty store, and a store with another id is refused.
         durability: ``checked`` asks the store; ``attested`` takes the operator's word instead.
         attested_reason: Why that word can be taken; written to the audit log.
         allow_data_loss: Serve on a store that can lose acknowledged keys. For trying things out only.
@@ -103,6 +105,7 @@ class Store(_Section, frozen=True, kw_only=True):
     url: str
     username: str | None = None
     password_file: Path | None = None
+    id_file: Path | None = None
     tls: StoreTls | None = None
     durability: Literal["checked", "attested"] = "checked"
     attested_reason: str = ""
