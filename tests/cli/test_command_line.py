@@ -156,6 +156,14 @@ def test_without_the_extra_one_line_says_what_to_install(words: list[str], packa
     assert done.stderr.count("\n") == 1
 
 
+def test_a_missing_extra_is_named() -> None:
+    """Where the package of another extra is missing, that extra is what to install."""
+    words = ["backup", "create", "--config", "c", "--s3", "s3://bucket/x"]
+    done = execute(*words, code="import sys; sys.modules['boto3'] = None")
+    assert done.returncode == 2
+    assert "progressdb-kms[s3]" in done.stderr
+
+
 def test_a_missing_module_of_our_own_is_a_bug() -> None:
     """No package to install would mend that, so it is not called a missing extra."""
     with pytest.raises(ModuleNotFoundError):

@@ -18,6 +18,7 @@ import pytest
 
 from tests.cli.conftest import Command
 from tests.cli.helpers import LIMIT, wait_until
+from tests.integration.world import write_private
 from tests.store.servers import Server, free_port
 from tests.transport.pki import CLIENT, Ca, Issued
 
@@ -218,7 +219,7 @@ def test_a_renewed_password_is_read(scene: Scene) -> None:
     scene.wait_for("certificates_not_applied")
     assert "refused the login" in scene.logged("certificates_not_applied")[-1]["detail"]
     scene.server.ask("ACL", "SETUSER", "reload", "-config|set", ">another")
-    scene.password.write_text("another")
+    write_private(scene.password, "another")
     wait_until(
         lambda: "needs +config|set" in scene.logged("certificates_not_applied")[-1]["detail"], scene.log
     )
@@ -234,7 +235,7 @@ def test_clients_of_the_server_may_have_a_ca_elsewhere(scene: Scene) -> None:
     scene.start("--ca", str(bundle))
     scene.wait_for("certificates_applied")
     other = Ca("clients")
-    bundle.write_bytes(other.pem)
+    write_private(bundle, other.pem)
     scene.wait_for("certificates_applied", 2)
     assert scene.shown(client=other.issue("kms", usages=CLIENT)) == scene.first.certificate.serial_number
 
@@ -249,11 +250,11 @@ def test_a_changed_user_is_loaded(scene: Scene, kind: str) -> None:
     scene.start("--acl", str(acl))
     scene.wait_for("users_applied")
     good = acl.read_text()
-    acl.write_text(good + "user kms on nopass ~kms:* -@all +get +nosuchcommand\n")
+    write_private(acl, good + "user kms on nopass ~kms:* -@all +get +nosuchcommand\n")
     scene.wait_for("users_not_applied")
     assert "which line is wrong" in scene.logged("users_not_applied")[-1]["detail"]
     assert b"kms" not in scene.server.ask("ACL", "USERS")
-    acl.write_text(good + "user kms on nopass ~kms:* -@all +get\n")
+    write_private(acl, good + "user kms on nopass ~kms:* -@all +get\n")
     scene.wait_for("users_applied", 2)
     assert b"kms" in scene.server.ask("ACL", "USERS")
     loads = stat(scene.server, "cmdstat_acl|load")
