@@ -5,7 +5,7 @@
     check          decrypt everything in the ledger
     key            the id of a key in the ledger
     census         KEK versions, keys under each, the newest rotation
-    may            try one call of each kind, and say which are refused
+    may [KEY]      try one call of each kind, and say which are refused
     dial HOST PORT open a TCP connection
     naked HOST PORT [CA]  open a TLS connection without a certificate and ask something
     serial HOST PORT      the serial number of the server's certificate
@@ -170,8 +170,8 @@ async def check() -> dict[str, object]:
     return {"keys": len(entries), "lost": dict(Counter(lost))}
 
 
-async def may() -> dict[str, object]:
-    """Try one call of each kind."""
+async def may(key: str = "") -> dict[str, object]:
+    """Try one call of each kind; ``key`` is used where none can be made."""
     answers: dict[str, object] = {}
 
     async def attempt(name: str, call: object) -> object:
@@ -186,7 +186,7 @@ async def may() -> dict[str, object]:
     async with open_provider() as kms:
         await attempt("create elsewhere", kms.create_dek_for_thread(f"vault:{RUN}"))
         dek = await attempt("create", kms.create_dek_for_thread(f"room:{RUN}-may"))
-        key = getattr(dek, "key_id", None) or ledger()[0]["key"]
+        key = getattr(dek, "key_id", key)
         sealed = await attempt("encrypt", kms.encrypt_with_dek(key, b"text"))
         if sealed is not None:
             await attempt("decrypt", kms.decrypt_with_dek(key, sealed.ciphertext))  # type: ignore[attr-defined]
@@ -272,7 +272,7 @@ def main(command: str, *arguments: str) -> None:
     elif command == "check":
         result = asyncio.run(check())
     elif command == "may":
-        result = asyncio.run(may())
+        result = asyncio.run(may(*arguments))
     else:
         plain = {"census": census, "key": any_key, "dial": dial, "naked": naked, "serial": serial}
         result = plain[command](*arguments)  # type: ignore[operator]
