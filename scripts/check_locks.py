@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
-IMAGE_EXTRAS = ["server", "kubernetes"]
+IMAGE_EXTRAS = ["server", "kubernetes", "s3"]
 PIN = re.compile(r"^(?P<name>[A-Za-z0-9._-]+)(?:\[[^]]*\])?==(?P<version>[^\s;]+)(?P<rest>.*)$")
 
 

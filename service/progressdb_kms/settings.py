@@ -199,6 +199,7 @@ class Rotation(_Section, frozen=True, kw_only=True):
         wait: For all live instances, and the job's own KEK file, to show the new version.
         batch: Records in one call of the store.
         max_rate: Records a second, 0 for as many as will go.
+        events: Write Kubernetes Events about rotations and backups, regarding the job's pod.
     """
 
     distribute: Literal["patch", "external"] = "patch"
@@ -206,6 +207,7 @@ class Rotation(_Section, frozen=True, kw_only=True):
     wait: SecondsOrZero = 120
     batch: Annotated[int, Meta(ge=1, le=1000)] = 128
     max_rate: Annotated[int, Meta(ge=0, le=10_000_000)] = 0
+    events: bool = False
 
 
 class Escrow(_Section, frozen=True, kw_only=True):

@@ -119,11 +119,14 @@ def test_commands_run(files: Path, config: dict[str, object]) -> None:
         assert done.returncode == 0, (name, done.stderr)
     done = run(files, config, "provision", "--config", "/nowhere")
     assert "can't read the provisioning file /nowhere" in done.stderr
-    modules = "progressdb_kms.provision.run, progressdb_kms.kek.kubernetes"
-    done = subprocess.run(
-        enter(files, config, "python", "-c", f"import {modules}"), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    for code in (
+        "import progressdb_kms.provision.run, progressdb_kms.rotation.kubernetes_events",
+        "import boto3; [boto3.client(name, region_name='eu-west-1') for name in ('s3', 'sts')]",
+    ):
+        done = subprocess.run(
+            enter(files, config, "python", "-c", code), capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
 
 
 def test_nothing_can_be_installed_or_written(files: Path, config: dict[str, object]) -> None:

@@ -187,6 +187,21 @@ def command(site: Site, document: object, *words: str) -> subprocess.CompletedPr
     return subprocess.run(line, capture_output=True, text=True, check=False)
 
 
+def test_sigterm_ends_a_run_that_waits(site: Site) -> None:
+    """A pod that is to go does not wait for the store any longer; its exit code says to run it again."""
+    document = site.document(**site.kek(wait=3600))
+    site.point_at("unix:///nowhere.sock")
+    file = site.folder / "provision.yaml"
+    file.write_text(json.dumps(document))
+    line = [sys.executable, "-m", "progressdb_kms.cli", "provision", "--config", str(file)]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("waiting for the store: ")
+        process.terminate()
+        assert process.wait(60) == 75
+    assert not site.cluster.secrets
+
+
 def test_the_command(site: Site, tmp_path: Path) -> None:
     """It says what it made; an error is one line, exit code 1, and is left where Kubernetes reads it."""
     log = tmp_path / "termination-log"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -23,6 +24,7 @@ from progressdb_kms.usecases.vault import named
 if TYPE_CHECKING:
     from progressdb_kms.cli.s3 import Bucket
     from progressdb_kms.domain.backup import ExportNote
+    from progressdb_kms.rotation.kubernetes_events import Events
     from progressdb_kms.usecases.exportfile import Counts
     from progressdb_kms.usecases.keks import KekBook
     from progressdb_kms.usecases.vault import Vault
@@ -57,6 +59,26 @@ class Made:
     damaged: tuple[str, ...]
     removed: tuple[str, ...] = ()
     trouble: str = ""
+
+    @property
+    def sound(self) -> bool:
+        """Whether all was in order."""
+        return not (self.damaged or self.trouble)
+
+    @property
+    def summary(self) -> str:
+        """What was done, and what to do, in one sentence."""
+        said = [f"export {self.note.export_id} of {self.counts.records} keys is in {self.place}"]
+        if self.removed:
+            said.append(f"{len(self.removed)} older ones were removed")
+        if self.damaged:
+            said.append(
+                f"but {len(self.damaged)} records are damaged: {named(self.damaged)}; put them back by"
+                " progressdb-kms restore, from a rotation's snapshot or an older export"
+            )
+        if self.trouble:
+            said.append(self.trouble)
+        return "; ".join(said)
 
 
 @click.command()
@@ -94,17 +116,19 @@ def create(
     """
     if sum(place is not None for place in (out, directory, s3_url)) != 1:
         raise click.UsageError("give one of --out FILE, --directory DIR and --s3 URL")
-    if out is not None:
-        if keep is not None:
-            raise click.UsageError("--keep goes with --directory or --s3")
-        made = _to_file(config, out)
-    else:
-        destination: Destination
-        if directory is not None:
-            destination = Folder(directory)
+    if out is not None and keep is not None:
+        raise click.UsageError("--keep goes with --directory or --s3")
+    with _told_of(config) as events:
+        if out is not None:
+            made = _to_file(config, out)
         else:
-            destination = _bucket(s3_url or "", s3_endpoint, allow_http=s3_allow_http)
-        made = _to_destination(config, destination, keep or 0)
+            destination: Destination
+            if directory is not None:
+                destination = Folder(directory)
+            else:
+                destination = _bucket(s3_url or "", s3_endpoint, allow_http=s3_allow_http)
+            made = _to_destination(config, destination, keep or 0)
+        events.write("BackupCreated", made.summary, warning=not made.sound)
     return _report(made, as_json=as_json)
 
 
@@ -146,6 +170,38 @@ def fetch(s3_url: str, out: Path, s3_endpoint: str | None, *, s3_allow_http: boo
         },
         as_json=as_json,
     )
+
+
+@contextmanager
+def _told_of(config: Path) -> Iterator[Events]:
+    """Give where the job's events go; a failure becomes one, and its line says what there is now.
+
+    Raises:
+        click.ClickException: The body failed.
+    """
+    # Only here, as in cli.operator.
+    from progressdb_kms.observability.logs import configure_logs  # noqa: PLC0415 - see above
+    from progressdb_kms.rotation.kubernetes_events import pod_events  # noqa: PLC0415 - see above
+    from progressdb_kms.settings import load_settings  # noqa: PLC0415 - see above
+
+    settings = load_settings(config)
+    configure_logs(settings.log.level, settings.log.format)
+    events = pod_events("Backup", wanted=settings.rotation.events)
+    try:
+        yield events
+    except (KmsError, OSError) as error:
+        if isinstance(error, KmsError):
+            detail, code = error.detail, f" ({error.code})"
+        else:
+            detail, code = f"{error.filename or 'the export'}: {error.strerror or type(error).__name__}", ""
+        if "older exports" not in detail:
+            detail += (
+                f"{code}; there is no new export, and older ones are as they were: mend this, run it again"
+            )
+        events.write("BackupFailed", detail, warning=True)
+        raise click.ClickException(detail) from error
+    finally:
+        events.close()
 
 
 def _bucket(url: str, endpoint: str | None, *, allow_http: bool) -> Bucket:
@@ -210,12 +266,7 @@ def _report(made: Made, *, as_json: bool) -> int:
         "removed": list(made.removed),
     }
     show_fields(fields, as_json=as_json)
-    if made.trouble:
-        click.echo(made.trouble, err=True)
-    if made.damaged:
-        click.echo(
-            f"the export was made, but {len(made.damaged)} records are damaged: {named(made.damaged)}; put"
-            " them back by progressdb-kms restore, from a rotation's snapshot or an older export",
-            err=True,
-        )
-    return INCOMPLETE if made.damaged or made.trouble else 0
+    if made.sound:
+        return 0
+    click.echo(f"progressdb-kms: {made.summary}", err=True)
+    return INCOMPLETE

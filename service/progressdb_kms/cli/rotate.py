@@ -12,8 +12,12 @@ import click
 import uvloop
 from rich.console import Console
 
+from progressdb_kms.domain.errors import KmsError
+from progressdb_kms.observability.logs import configure_logs
 from progressdb_kms.rotation.job import Options, run
+from progressdb_kms.rotation.kubernetes_events import Herald, pod_events
 from progressdb_kms.rotation.progress import Bar, JsonLines, Reporter
+from progressdb_kms.rotation.summary import summary
 from progressdb_kms.settings import load_settings
 
 _INDEX: Final = "JOB_COMPLETION_INDEX"
@@ -104,7 +108,19 @@ def rotate(  # noqa: PLR0913 - one parameter an option
         join_wait=join_wait if indexed else 0,
     )
     settings = load_settings(config)
-    return uvloop.run(run(settings, options, _reporter(as_json=as_json)))
+    # So that what is logged before the run sets its logs up looks like the rest.
+    configure_logs(settings.log.level, settings.log.format)
+    herald = Herald(_reporter(as_json=as_json), pod_events("Rotate", wanted=settings.rotation.events))
+    try:
+        code = uvloop.run(run(settings, options, herald))
+    except KmsError as error:
+        # The last line is what Kubernetes keeps of a pod that failed: it has to say what to do.
+        known = "again" in error.detail
+        what_to_do = "" if known else "; what was done is kept: run rotate again once this is mended"
+        raise click.ClickException(f"{error.detail} ({error.code}){what_to_do}") from error
+    if code and herald.result is not None:
+        click.echo(f"progressdb-kms: {summary(herald.result)}", err=True)
+    return code
 
 
 def _completion_index() -> int:

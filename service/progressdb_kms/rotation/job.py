@@ -102,7 +102,7 @@ async def run(settings: Settings, options: Options, reporter: Reporter) -> int:
             work.cancel()
         return await work
     except (Interrupted, asyncio.CancelledError):
-        reporter.event("result", {"outcome": "stopped", "detail": "run it again to go on"})
+        reporter.event("result", {"outcome": "stopped", "detail": "what was done is kept; run rotate again"})
         return RESUMABLE
     except Unled as error:
         reporter.event("result", {"outcome": "stopped", "detail": str(error)})
