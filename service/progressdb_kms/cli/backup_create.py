@@ -196,10 +196,10 @@ def _told_of(config: Path) -> Iterator[Events]:
             detail, code = f"{error.filename or 'the export'}: {error.strerror or type(error).__name__}", ""
         if "older exports" not in detail:
             detail += (
-                f"{code}; there is no new export, and older ones are as they were: mend this, run it again"
+                "; there is no new export, and older ones are as they were: mend this, then run it again"
             )
         events.write("BackupFailed", detail, warning=True)
-        raise click.ClickException(detail) from error
+        raise click.ClickException(detail + code) from error
     finally:
         events.close()
 

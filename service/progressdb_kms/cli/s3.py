@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
+import logging
 import os
 import re
 import tempfile
@@ -28,6 +29,10 @@ from botocore.exceptions import (
 
 from progressdb_kms.cli.exportnames import PREFIX, SUFFIX
 from progressdb_kms.domain.errors import BackupInvalid, OperatorError, SettingsInvalid
+
+# The libraries tell where they found credentials, and at `debug` what they sign.
+for _name in ("boto3", "botocore", "s3transfer"):
+    logging.getLogger(_name).setLevel(logging.WARNING)
 
 _URL: Final = re.compile(r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(?P<path>[^?#]*))?")
 _PART: Final = 64 * 2**20

@@ -96,7 +96,7 @@ class PodEvents:
         """Wait for the thread: some seconds at most."""
         self._writer.shutdown()
 
-    def _write(self, body: dict[str, Any]) -> None:
+    def _write(self, body: Any) -> None:  # noqa: ANN401 - the client takes a mapping too, which its types hide
         if self._broken:
             return
         try:

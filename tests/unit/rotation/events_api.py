@@ -1,4 +1,4 @@
-"""A stand-in for the Kubernetes API server over TLS: takes Events, and refuses those that a real one refuses."""
+"""A stand-in for the Kubernetes API server over TLS: takes Events, and refuses what a real one refuses."""
 
 from __future__ import annotations
 
