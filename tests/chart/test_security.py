@@ -187,6 +187,18 @@ def test_an_external_kek_is_never_written():
     assert document(rendered, "-provision", "provision.yaml")["kek"]["management"] == "require"
 
 
+def test_a_rotation_that_asks_kubernetes_nothing_has_no_token():
+    """Without a Secret to patch and Events to write the rotation has no Role, no token and no way to the API."""
+    rendered = objects(
+        {"kek": {"management": "external", "secretName": "mine"}, "rotation": {"events": False}}
+    )
+    assert (NAMESPACE, f"{FULLNAME}-rotate") not in _roles(rendered)
+    pod = pod_templates(rendered)[f"CronJob {FULLNAME}-rotate"]
+    assert pod["spec"]["automountServiceAccountToken"] is False
+    egress = one("NetworkPolicy", "-rotate", rendered)["spec"]["egress"]
+    assert {port["port"] for rule in egress for port in rule["ports"]} == {53, 6379}
+
+
 def test_the_renewal_can_not_read_the_kek():
     """The renewal's account reaches neither the KEK nor the store's passwords."""
     named = {
@@ -226,7 +238,8 @@ def test_secrets_of_jobs_carry_no_instance_label():
     """What the bootstrap makes has no instance label and, the KEK, the annotation that keeps it."""
     provision = document(objects(), "-provision", "provision.yaml")
     assert "app.kubernetes.io/instance" not in provision["labels"]
-    assert provision["kek"]["annotations"] == {"helm.sh/resource-policy": "keep"}
+    assert provision["kek"]["annotations"]["helm.sh/resource-policy"] == "keep"
+    assert "Prune=false" in provision["kek"]["annotations"]["argocd.argoproj.io/sync-options"]
 
 
 def test_the_store_loses_nothing():
