@@ -194,6 +194,7 @@ class Helm:
     namespace: str
     release: str
     image: str
+    program: str = "helm"
 
     @property
     def image_values(self) -> Manifest:
@@ -207,7 +208,7 @@ class Helm:
         """Run helm in the namespace, whatever its exit status; ``values`` go in as a file."""
         given = [] if values is None else ["--values", "-"]
         stdin = None if values is None else Feed(json.dumps(merge(self.image_values, values)))
-        return run("helm", "-n", self.namespace, *arguments, *given, stdin=stdin, timeout=timeout)
+        return run(self.program, "-n", self.namespace, *arguments, *given, stdin=stdin, timeout=timeout)
 
     def __call__(self, *arguments: str, values: Mapping[str, Any] | None = None) -> str:
         """Run helm in the namespace and return what it prints; it must succeed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import yaml
 
 from tests.cluster.kube import CHART, Helm, Kube, list_of, run
-from tests.cluster.scene import RELEASE
+from tests.cluster.scene import RELEASE, Release
 
 pytestmark = pytest.mark.cluster
 
@@ -97,3 +98,20 @@ def test_server_side_dry_run(
         f"{len(known)} objects taken"
         + (f"; not known to this cluster: {', '.join(others)}" if others else "")
     )
+
+
+@pytest.mark.skipif("HELM4" not in os.environ, reason="HELM4 names no helm of version 4")
+def test_helm_4(image: str, make_namespace: Callable[[str], Kube], saw: Saw) -> None:
+    """Helm 4, which applies on the server's side, installs; its upgrade with the same values restarts nothing."""
+    kube = make_namespace("helm4")
+    helm = Helm(kube.namespace, RELEASE, image, os.environ["HELM4"])
+    release = Release(kube, helm, {"replicaCount": 1})
+    helm.install(release.values, "--wait", "--wait-for-jobs")
+    before = release.all_pods()
+    helm.upgrade(release.values)
+    release.wait_ready()
+    assert release.all_pods() == before
+    out = helm("test", RELEASE, "--timeout", "3m", "--logs")
+    helm("uninstall", RELEASE, "--wait", "--timeout", "4m")
+    assert "without a certificate" in out
+    saw(f"{helm('version', '--short').strip()}: installed, upgraded without a restart, tested, uninstalled")
