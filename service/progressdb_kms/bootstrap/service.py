@@ -17,7 +17,7 @@ from progressdb_kms.api.admin import AdminApp
 from progressdb_kms.api.app import Api, create_app
 from progressdb_kms.api.openapi import openapi_document
 from progressdb_kms.audit.stdout import StdoutAuditLog
-from progressdb_kms.bootstrap.parts import kek_source, load_policy, make_vault, store_settings
+from progressdb_kms.bootstrap.parts import expected_store, kek_source, load_policy, make_vault, store_settings
 from progressdb_kms.domain.errors import (
     KekFileInvalid,
     KmsError,
@@ -132,6 +132,7 @@ class Service:
         self.policies = PolicyBook(*load_policy(settings.policy))
         self.tls = TlsHolder(settings.tls, self.events) if settings.tls is not None else None
         self.store_settings = store_settings(settings)
+        self.store_id = expected_store(settings)
         self._started = False
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -148,6 +149,7 @@ class Service:
             registry=self.store.registry,
             observer=self.metrics,
             look_again=self.source.reload,
+            store_id=self.store_id,
         )
         cache = DekCache(
             max_keys=settings.cache.max_keys,
@@ -179,7 +181,7 @@ class Service:
             heartbeats=self.store.heartbeats,
             release=__version__,
             instance=instance,
-            vault=make_vault(self.store, self.source, kms.audit, f"service {instance}"),
+            vault=make_vault(self.store, self.source, kms.audit, f"service {instance}", self.store_id),
         )
         self.rotations = RotationWatch(self.keks, self.store.keys, self.store.rotation_ledger)
         self.server = Server(

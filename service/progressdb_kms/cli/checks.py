@@ -14,7 +14,7 @@ from typing import Final
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from progressdb_kms.bootstrap import kek_source, load_policy, store_settings
+from progressdb_kms.bootstrap import expected_store, kek_source, load_policy, store_settings
 from progressdb_kms.domain.errors import (
     KekFileInvalid,
     KmsError,
@@ -30,7 +30,7 @@ from progressdb_kms.settings import Settings, Tls, load_settings, redact_url
 from progressdb_kms.store.redis import RedisStore, open_store
 from progressdb_kms.transport.listeners import MAX_UNIX_PATH, listen_tcp
 from progressdb_kms.transport.tls import TlsFacts, build_context
-from progressdb_kms.usecases.keks import KekBook
+from progressdb_kms.usecases.keks import KekBook, empty_store
 
 _EXPIRES_SOON: Final = 14 * 86400
 _WILDCARDS: Final = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104 - looked up, not listened on
@@ -252,7 +252,7 @@ async def _store(settings: Settings, source: KekSource | None) -> AsyncIterator[
         for check in _health(settings, status):
             yield check
         if status.reachable and source is not None:
-            yield await _registry(store, source)
+            yield await _registry(settings, store, source)
     finally:
         await store.close()
 
@@ -276,12 +276,18 @@ def _health(settings: Settings, status: StoreStatus) -> Iterator[Check]:
         )
 
 
-async def _registry(store: RedisStore, source: KekSource) -> Check:
+async def _registry(settings: Settings, store: RedisStore, source: KekSource) -> Check:
     """Compare the loaded KEKs with those that the store's keys are wrapped under."""
     name = "kek registry"
-    book = KekBook(source=source, registry=store.registry, observer=Metrics())
+    try:
+        store_id = expected_store(settings)
+    except SettingsInvalid as error:
+        return Check(name, Result.FAIL, error.detail, "write the store's id there, or leave it out")
+    book = KekBook(source=source, registry=store.registry, observer=Metrics(), store_id=store_id)
     try:
         if await store.registry.load() is None:
+            if store_id:
+                return Check(name, Result.FAIL, empty_store(store_id), "bring the store's data back")
             return Check(
                 name, Result.OK, f"the store is empty; version {max(source.versions())} will be its first"
             )

@@ -22,7 +22,7 @@ The tree, by whose fault it is::
     |   `-- InternalError
     `-- OperatorError           refused at start or in a command: never sent over HTTP
         `-- KekMismatch, KekFileInvalid, RegistryLost, SettingsInvalid, PolicyInvalid, TlsInvalid,
-            RotationRunning, RotationRefused, InstancesMissing, Fenced, BackupInvalid
+            RotationRunning, RotationRefused, InstancesMissing, Fenced, BackupInvalid, ProvisionRefused
 
 "Wrong key or forged" (``AuthenticationFailed``), "malformed" (``MalformedCiphertext``), "not found",
 "disabled" and "store unavailable" are different classes by contract: a caller does something else about
@@ -368,6 +368,12 @@ class BackupInvalid(OperatorError):
     """A backup is damaged, or not of this store or these KEKs."""
 
     code = "backup_invalid"
+
+
+class ProvisionRefused(OperatorError):
+    """Something that a first start needs is missing or lost, and can't be made without endangering data."""
+
+    code = "provision_refused"
 
 
 def _walk(cls: type[KmsError]) -> list[type[KmsError]]:
