@@ -188,7 +188,7 @@ def test_an_external_kek_is_never_written():
 
 
 def test_a_rotation_that_asks_kubernetes_nothing_has_no_token():
-    """Without a Secret to patch and Events to write the rotation has no Role, no token and no way to the API."""
+    """With no Secret to patch and no Events to write the rotation has no Role, token or way to the API."""
     rendered = objects(
         {"kek": {"management": "external", "secretName": "mine"}, "rotation": {"events": False}}
     )
