@@ -178,8 +178,8 @@ class Bucket:
         self._download(name, arrived.update)
         if arrived.hexdigest() != sha256:
             raise BackupInvalid(
-                f"what was read back from {self.url(name)} is not what was uploaded: run it again; older exports"
-                " are as they were"
+                f"what was read back from {self.url(name)} is not what was uploaded: run it again; older"
+                " exports are as they were"
             )
 
     def _download(self, name: str, write: Any) -> None:  # noqa: ANN401 - whatever takes bytes

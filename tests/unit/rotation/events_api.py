@@ -91,6 +91,9 @@ class EventsApi:
     def _wrong(body: dict[str, Any]) -> str:
         """Return what the API server's validation of a new Event finds (events.k8s.io/v1)."""
         wanted = ["reportingController", "reportingInstance", "action", "reason", "regarding", "metadata"]
+        labels = str(body["metadata"].get("name", "")).split(".")
+        if not all(re.fullmatch("[a-z0-9]([-a-z0-9]*[a-z0-9])?", label) for label in labels):
+            return "metadata.name is no DNS subdomain"
         missing = [name for name in wanted if not body.get(name)]
         if missing:
             return f"missing {missing}"
