@@ -58,7 +58,9 @@ def test_a_rotation_in_a_pod(a: Instance, api: EventsApi) -> None:
     failed = Job(a, environment=environment)
     failed.result(1)
     assert api.reasons[4:] == ["RotationFailed"]
-    assert last_line(failed).endswith("what was done is kept: run rotate again once this is mended")
+    assert last_line(failed).endswith(
+        "what was done is kept: run rotate again once this is mended (store_unavailable)"
+    )
 
 
 def test_what_could_not_be_rotated(a: Instance, api: EventsApi) -> None:

@@ -117,7 +117,7 @@ def rotate(  # noqa: PLR0913 - one parameter an option
         # The last line is what Kubernetes keeps of a pod that failed: it has to say what to do.
         known = "again" in error.detail
         what_to_do = "" if known else "; what was done is kept: run rotate again once this is mended"
-        raise click.ClickException(f"{error.detail} ({error.code}){what_to_do}") from error
+        raise click.ClickException(f"{error.detail}{what_to_do} ({error.code})") from error
     if code and herald.result is not None:
         click.echo(f"progressdb-kms: {summary(herald.result)}", err=True)
     return code
