@@ -108,6 +108,7 @@ COMBINATIONS = {
         {"clients": [{"name": "a", "identity": "dns:*.chat.svc"}]},
         "name one identity, or set certificate: false",
     ),
+    "a digit first": ({"fullnameOverride": "1kms"}, "set fullnameOverride"),
     "body too small": ({"settings": {"limits": {"bodyBytes": 1048576}}}, "give it a third more and 1024"),
 }
 

@@ -188,7 +188,7 @@ def test_an_external_kek_is_never_written():
 
 
 def test_a_rotation_that_asks_kubernetes_nothing_has_no_token():
-    """Without a Secret to patch and Events to write the rotation has no Role, no token and no way to the API."""
+    """Without a Secret to patch and Events to write it has no Role, no token and no way to the API."""
     rendered = objects(
         {"kek": {"management": "external", "secretName": "mine"}, "rotation": {"events": False}}
     )
@@ -209,6 +209,18 @@ def test_the_renewal_can_not_read_the_kek():
     assert f"{FULLNAME}-server-tls" in named
     assert not named & {f"{FULLNAME}-kek", f"{FULLNAME}-redis-auth"}
     assert set(document(objects(), "-provision", "renew.yaml")) == {"namespace", "labels", "certificates"}
+
+
+def test_what_others_keep_is_only_read():
+    """The bootstrap may only get a KEK of others, and the Secrets of cert-manager."""
+    rules = _roles(objects(mode("existing")))[NAMESPACE, f"{FULLNAME}-provision"]
+    assert [(rule["verbs"], rule["resourceNames"]) for rule in rules] == [(["get"], ["kek", "store"])]
+    rules = _roles(objects(mode("certmanager")))[NAMESPACE, f"{FULLNAME}-provision"]
+    read = {name for rule in rules if rule["verbs"] == ["get"] for name in rule["resourceNames"]}
+    assert {f"{FULLNAME}-client-ca", f"{FULLNAME}-issued-chat-chat", f"{FULLNAME}-redis-client-tls"} <= read
+    written = {name for rule in rules if "patch" in rule["verbs"] for name in rule["resourceNames"]}
+    assert f"{FULLNAME}-kek" in written
+    assert not read & written
 
 
 def test_rights_in_a_clients_namespace_are_for_its_secret_alone():

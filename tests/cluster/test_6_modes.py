@@ -102,7 +102,7 @@ def test_server_side_dry_run(
 
 @pytest.mark.skipif("HELM4" not in os.environ, reason="HELM4 names no helm of version 4")
 def test_helm_4(image: str, make_namespace: Callable[[str], Kube], saw: Saw) -> None:
-    """Helm 4, which applies on the server's side, installs; its upgrade with the same values restarts nothing."""
+    """Helm 4, which applies on the server's side, installs; the same values again restart nothing."""
     kube = make_namespace("helm4")
     helm = Helm(kube.namespace, RELEASE, image, os.environ["HELM4"])
     release = Release(kube, helm, {"replicaCount": 1})

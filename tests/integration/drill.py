@@ -81,6 +81,16 @@ class Machine:
         )
         wait_until(self.store_socket.exists)
 
+    def pause(self) -> None:
+        """Freeze the store: connections stay, answers stop."""
+        assert self._store
+        self._store.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let the store go on."""
+        assert self._store
+        self._store.send_signal(signal.SIGCONT)
+
     def ask(self, *command: str | int | bytes) -> object:
         """Run a command of the store."""
         with redis.Redis(unix_socket_path=str(self.store_socket), protocol=2) as client:

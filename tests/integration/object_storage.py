@@ -30,12 +30,15 @@ class ObjectStorage:
         requests: Method and path with query of each request.
         spoil: Whether the objects that are read have a changed byte.
         refuse: Codes to answer with 403, by method.
+        go_on: While it is not set, uploads get no answer.
     """
 
     def __init__(self, folder: Path) -> None:
         self.requests: list[str] = []
         self.spoil = False
         self.refuse: dict[str, str] = {}
+        self.go_on = threading.Event()
+        self.go_on.set()
         ca = Ca("storage CA")
         self.ca = folder / "storage-ca.crt"
         self.ca.write_bytes(ca.pem)
@@ -110,6 +113,8 @@ class ObjectStorage:
             )
             start_response("403 Forbidden", [("Content-Length", str(len(body)))])
             return [body]
+        if method == "PUT":
+            self.go_on.wait()
         answer = b"".join(self._app(environ, start_response))
         if self.spoil and method == "GET" and environ["PATH_INFO"].endswith(".export"):
             return [answer[:-1] + bytes([answer[-1] ^ 1])]

@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 import secrets
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ from progressdb_kms.cli.exportnames import export_name, is_export
 from progressdb_kms.cli.s3 import Bucket
 from progressdb_kms.domain.errors import BackupInvalid, OperatorError, SettingsInvalid
 from progressdb_kms.domain.keys import locate
+from tests.cli.helpers import wait_until
 from tests.integration.drill import Machine
 from tests.integration.object_storage import BUCKET, SECRET, ObjectStorage
 
@@ -45,6 +48,12 @@ def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectS
         monkeypatch.setenv(name, value)
     yield made
     made.close()
+
+
+def handles_sigterm(pid: int) -> bool:
+    """Say whether a process has taken SIGTERM into its own hands."""
+    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if "SigCgt" in line]
+    return bool(int(line.split()[1], 16) & 1 << signal.SIGTERM - 1)
 
 
 def create(machine: Machine, *words: object, code: int = 0) -> dict[str, Any]:
@@ -192,6 +201,46 @@ def test_refusals_of_the_storage(machine: Machine, storage: ObjectStorage, metho
     storage.refuse.clear()
     assert f"kms/{OLD[0]}" in storage.names()
     assert len(storage.names()) == (2 if method == "DELETE" else 1)
+
+
+@pytest.mark.parametrize("place", ["upload", "folder"])
+def test_sigterm_leaves_nothing_half_done(
+    machine: Machine, storage: ObjectStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """A backup that is stopped ends with 75, says so in its last line, and leaves neither object nor file."""
+    spool = tmp_path / "spool"
+    spool.mkdir()
+    monkeypatch.setenv("TMPDIR", str(spool))
+    where: list[object] = ["--s3", f"s3://{BUCKET}/kms"] if place == "upload" else ["--directory", spool]
+    storage.go_on.clear()
+    if place == "folder":
+        machine.pause()
+    words = [
+        sys.executable,
+        "-m",
+        "progressdb_kms.cli",
+        "backup",
+        "create",
+        "--config",
+        machine.config,
+        *where,
+    ]
+    process = subprocess.Popen(list(map(str, words)), stderr=subprocess.PIPE, text=True)
+    try:
+        if place == "upload":
+            wait_until(lambda: any(line.startswith("PUT") for line in storage.requests))
+        else:
+            wait_until(lambda: handles_sigterm(process.pid))
+        process.send_signal(signal.SIGTERM)
+    finally:
+        storage.go_on.set()
+        if place == "folder":
+            machine.resume()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert errors.splitlines()[-1] == "progressdb-kms: stopped: there is no new export; run it again"
+    assert list(spool.iterdir()) == []
+    assert storage.names() == []
 
 
 def test_storage_that_can_not_be_used(

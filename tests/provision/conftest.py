@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from progressdb_kms.provision.config import parse_config
 from progressdb_kms.provision.run import run
@@ -77,6 +79,16 @@ class Site:
         """Let the service's configuration name another store."""
         config = self.folder / "config.yaml"
         config.write_text(config.read_text().replace(self.server.url, url))
+
+    def recovery_key(self) -> X25519PrivateKey:
+        """Let the service's configuration name a recovery key; return its private half."""
+        private = X25519PrivateKey.generate()
+        encoding = (serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+        (self.folder / "recovery.pub").write_bytes(private.public_key().public_bytes(*encoding))
+        config = self.folder / "config.yaml"
+        document = json.loads(config.read_text())
+        config.write_text(json.dumps({**document, "escrow": {"recipients": ["recovery.pub"]}}))
+        return private
 
     async def run(self, **sections: Any) -> list[str]:
         """Run once; return what it said."""

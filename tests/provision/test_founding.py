@@ -10,12 +10,14 @@ import pytest
 
 from progressdb_kms.domain.errors import KekFileInvalid, ProvisionRefused, StoreUnavailable
 from progressdb_kms.domain.keyring import check_value
+from progressdb_kms.kek.escrow import recover
 from progressdb_kms.kek.file import parse_keys, render_keys
 from progressdb_kms.kek.kubernetes import MADE_BY
 from progressdb_kms.provision.kek import FOUNDED
 from progressdb_kms.store.redis import open_store
 from progressdb_kms.store.redis.schema import KEKS_KEY, SCHEMA_KEY
 from progressdb_kms.store.settings import StoreSettings
+from progressdb_kms.usecases.keks import first_kek
 from tests.integration.world import eventually
 from tests.provision.conftest import Site
 
@@ -222,6 +224,29 @@ async def test_required_and_never_written(site: Site) -> None:
     assert await site.run(**site.kek("require")) == []
     assert await site.run(kek=site.kek("require")["kek"]) == []
     assert (site.cluster.writes, site.server.ask("KEYS", "*")) == (0, [])
+
+
+@pytest.mark.parametrize("management", ["create", "require"])
+async def test_sealed_to_recovery_keys_from_the_start(site: Site, management: str) -> None:
+    """With `escrow` the first KEK can be recovered from the store before any rotation, and is sealed once."""
+    wanted = site.kek(management)
+    private = site.recovery_key()
+    wanted["kek"]["escrow"] = True
+    if management == "require":
+        site.cluster.put("r-kek", {"kek.yaml": render_keys({1: KEK, 2: OTHER})})
+        assert await site.run(**wanted) == []  # an empty store is the service's to found
+        store = await open_store(StoreSettings(site.server.url))
+        await store.registry.initialise(first_kek(1, check_value(KEK), "file", "1", 0))
+        await store.close()
+    said = await site.run(**wanted)
+    assert said[-1] == "sealed the KEK in Secret kms/r-kek to 1 recovery keys"
+    assert await site.run(**wanted) == []
+    store = await open_store(StoreSettings(site.server.url))
+    kept, view = await store.escrow.load(), await store.registry.load()
+    await store.close()
+    assert view is not None
+    keys = parse_keys(site.cluster.data("r-kek")["kek.yaml"], "x")
+    assert recover(kept, view, private) == {1: keys[1]}
 
 
 async def test_what_something_else_keeps_is_not_written(site: Site) -> None:

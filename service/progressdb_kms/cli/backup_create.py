@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import click
 from progressdb_kms.cli.destinations import Destination, Folder, thin_out
 from progressdb_kms.cli.exportfiles import chunks_of, new_export
 from progressdb_kms.cli.exportnames import export_name, is_export
-from progressdb_kms.cli.operator import INCOMPLETE, config_option, export_file, on_store
+from progressdb_kms.cli.operator import INCOMPLETE, RESUMABLE, config_option, export_file, on_store
 from progressdb_kms.cli.output import json_option, show_fields
 from progressdb_kms.domain.errors import BackupInvalid, KmsError
 from progressdb_kms.usecases import backup as usecase
@@ -113,6 +114,7 @@ def create(
 
     Exit code 3: the export was made, but some records in the store are damaged, or older exports could not
     be removed. While records are damaged nothing is removed: older exports may hold their only good copies.
+    75: stopped by SIGTERM; run it again.
     """
     if sum(place is not None for place in (out, directory, s3_url)) != 1:
         raise click.UsageError("give one of --out FILE, --directory DIR and --s3 URL")
@@ -178,6 +180,7 @@ def _told_of(config: Path) -> Iterator[Events]:
 
     Raises:
         click.ClickException: The body failed.
+        SystemExit: It was stopped by SIGTERM.
     """
     # Only here, as in cli.operator.
     from progressdb_kms.observability.logs import configure_logs  # noqa: PLC0415 - see above
@@ -187,8 +190,13 @@ def _told_of(config: Path) -> Iterator[Events]:
     settings = load_settings(config)
     configure_logs(settings.log.level, settings.log.format)
     events = pod_events("Backup", wanted=settings.rotation.events)
+    # A first process of a container has no default action for SIGTERM; and what is half done is removed.
+    signal.signal(signal.SIGTERM, _stop)
     try:
         yield events
+    except SystemExit:
+        click.echo("progressdb-kms: stopped: there is no new export; run it again", err=True)
+        raise
     except (KmsError, OSError) as error:
         if isinstance(error, KmsError):
             detail, code = error.detail, f" ({error.code})"
@@ -202,6 +210,11 @@ def _told_of(config: Path) -> Iterator[Events]:
         raise click.ClickException(detail + code) from error
     finally:
         events.close()
+
+
+def _stop(_number: int, _frame: object) -> None:
+    # Of all exceptions asyncio passes on this one and KeyboardInterrupt at once.
+    raise SystemExit(RESUMABLE)
 
 
 def _bucket(url: str, endpoint: str | None, *, allow_http: bool) -> Bucket:
@@ -236,8 +249,8 @@ def _to_destination(config: Path, destination: Destination, keep: int) -> Made:
 
         try:
             note, counts, bad = on_store(config, "backup create", action)
-        except KmsError:
-            # What is not known to be good must not count as an export that is kept.
+        except BaseException:
+            # Whatever ended it: what is not known to be good must not count as an export that is kept.
             file.unlink(missing_ok=True)
             raise
         place = destination.deliver(file, note.sha256)

@@ -9,7 +9,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -111,28 +111,23 @@ class Bucket:
             BackupInvalid: Likewise, since it is not what was sent; or it could not even be removed.
         """
         url = self.url(file.name)
-        with _told("upload", url):
-            self._client.upload_file(
-                str(file),
-                self._bucket,
-                self._key(file.name),
-                ExtraArgs={"ContentType": "application/octet-stream", "Metadata": {"sha256": sha256}},
-                Config=self._transfer,
-            )
-        arrived = hashlib.sha256()
+        uploaded = False
         try:
-            self._download(file.name, arrived.update)
-            if arrived.hexdigest() != sha256:
-                raise BackupInvalid(
-                    f"what was read back from {url} is not what was uploaded: run it again; older exports are"
-                    " as they were"
-                )
+            self._upload(file, sha256)
+            uploaded = True
+            self._read_back(file.name, sha256)
         except OperatorError as error:
-            # An export that nobody could read back must not count as one that is kept.
-            try:
+            # What nobody has read back must not count as an export that is kept.
+            if uploaded:
+                try:
+                    self.remove(file.name)
+                except OperatorError as left:
+                    raise BackupInvalid(f"{error.detail}; it is left there: {left.detail}") from None
+            raise
+        except BaseException:
+            # Stopped: likewise, for the upload may have come to its end all the same.
+            with suppress(OperatorError):
                 self.remove(file.name)
-            except OperatorError as left:
-                raise BackupInvalid(f"{error.detail}; what was uploaded is left: {left.detail}") from None
             raise
         return url
 
@@ -167,6 +162,25 @@ class Bucket:
         """
         with _told("remove", self.url(name)):
             self._client.delete_object(Bucket=self._bucket, Key=self._key(name))
+
+    def _upload(self, file: Path, sha256: str) -> None:
+        with _told("upload", self.url(file.name)):
+            self._client.upload_file(
+                str(file),
+                self._bucket,
+                self._key(file.name),
+                ExtraArgs={"ContentType": "application/octet-stream", "Metadata": {"sha256": sha256}},
+                Config=self._transfer,
+            )
+
+    def _read_back(self, name: str, sha256: str) -> None:
+        arrived = hashlib.sha256()
+        self._download(name, arrived.update)
+        if arrived.hexdigest() != sha256:
+            raise BackupInvalid(
+                f"what was read back from {self.url(name)} is not what was uploaded: run it again; older"
+                " exports are as they were"
+            )
 
     def _download(self, name: str, write: Any) -> None:  # noqa: ANN401 - whatever takes bytes
         # Without threads it is written in order; a broken connection is taken up where it broke.

@@ -71,6 +71,8 @@ class Kek(_Section, frozen=True, kw_only=True):
         store_id_key: The key in it that says which store the KEK belongs to.
         management: ``create`` makes what is missing; ``require`` only checks.
         annotations: Put on the Secret when it is made.
+        escrow: Seal the KEK to the recovery keys that the service's configuration names, so that it is not
+            only in the Secret until the first rotation.
     """
 
     secret: SecretName
@@ -78,6 +80,7 @@ class Kek(_Section, frozen=True, kw_only=True):
     store_id_key: DataKey = "store-id"
     management: Literal["create", "require"]
     annotations: dict[str, str] = {}
+    escrow: bool = False
 
 
 class Passwords(_Section, frozen=True, kw_only=True):
@@ -240,6 +243,8 @@ def _problems(config: Provision) -> Iterator[str]:
     if kek is not None:
         if kek.management == "create" and store is None:
             yield "kek.management create needs store: a KEK is made only for a store that is empty"
+        if kek.escrow and store is None:
+            yield "kek.escrow needs store: what is sealed is kept there"
         if kek.key == kek.store_id_key:
             yield "kek.key and kek.store_id_key are the same"
     if store is not None and (store.cert is None) != (store.key is None):

@@ -6,13 +6,15 @@ import asyncio
 import os
 import secrets as random
 import time
-from collections.abc import Mapping
-from typing import Final
+from collections.abc import Mapping, Sequence
+from typing import Final, Protocol
 
 from progressdb_kms.domain.errors import KekFileInvalid, ProvisionRefused, RegistryLost
 from progressdb_kms.domain.keyring import KEK_BYTES, KekState, check_value
+from progressdb_kms.kek.escrow import Escrow, Recipient
 from progressdb_kms.kek.file import parse_keys, render_keys
 from progressdb_kms.ports import KekRegistry
+from progressdb_kms.ports.escrow import EscrowBox
 from progressdb_kms.provision.config import Kek
 from progressdb_kms.provision.kek import FOUNDED, PENDING, Kept, Step, Stored, next_step
 from progressdb_kms.provision.secrets import Change, Found, Ref, Secrets
@@ -57,6 +59,56 @@ async def provide_kek(wanted: Kek, ref: Ref, secrets: Secrets, registry: KekRegi
             change = _noted(step, wanted, stored)
             await asyncio.to_thread(secrets.patch, ref, found, change)
     raise ProvisionRefused(f"{ref} or the store changes all the time; run again")
+
+
+async def seal_kek(
+    wanted: Kek, ref: Ref, secrets: Secrets, store: EscrowStore, recipients: Sequence[Recipient]
+) -> None:
+    """Seal the Secret's KEK versions to recovery keys, where they are not yet.
+
+    Raises:
+        KekFileInvalid: The Secret's KEK file can't be used.
+        BackupInvalid: What the store keeps of it can't be read.
+        StoreUnavailable, StoreNotDurable: Run again.
+    """
+    found = await asyncio.to_thread(secrets.get, ref)
+    view = await store.registry.load()
+    if found is None or view is None:
+        return  # an empty store, which the service makes the registry of
+    keys = {
+        version: key
+        for version, key in _keys(wanted, ref, found.data).items()
+        if version in view.keks and check_value(key) == view.keks[version].check_value
+    }
+    before = await store.escrow.load()
+    count = await Escrow(store.escrow, store.registry, _InMemory(keys), recipients).complete()
+    if await store.escrow.load() != before:
+        secrets.say(f"sealed the KEK in {ref} to {count} recovery keys")
+
+
+class EscrowStore(Protocol):
+    """What of a store is needed to seal KEKs."""
+
+    @property
+    def registry(self) -> KekRegistry:
+        """Which versions there are."""
+
+    @property
+    def escrow(self) -> EscrowBox:
+        """Where they are kept sealed."""
+
+
+class _InMemory:
+    """Raw keys as ``kek.escrow`` takes them."""
+
+    def __init__(self, keys: Mapping[int, bytes]) -> None:
+        self._keys = keys
+
+    def versions(self) -> frozenset[int]:
+        return frozenset(self._keys)
+
+    def export(self, version: int) -> bytes:
+        return self._keys[version]
 
 
 async def _look(

@@ -25,6 +25,7 @@ from progressdb_kms.domain.errors import (
     TlsInvalid,
 )
 from progressdb_kms.kek.cluster import ApiRefused, connect
+from progressdb_kms.kek.escrow import Recipient, load_recipients
 from progressdb_kms.provision import certificates
 from progressdb_kms.provision.config import (
     Certificate,
@@ -35,10 +36,10 @@ from progressdb_kms.provision.config import (
     Source,
     Store,
 )
-from progressdb_kms.provision.founding import provide_kek
+from progressdb_kms.provision.founding import provide_kek, seal_kek
 from progressdb_kms.provision.passwords import ACL_KEY, missing_passwords, render_acl
 from progressdb_kms.provision.secrets import Change, Found, Ref, Secrets
-from progressdb_kms.settings import StoreTls, load_settings
+from progressdb_kms.settings import Settings, StoreTls, load_settings
 from progressdb_kms.store.redis import RedisStore, open_store
 from progressdb_kms.transport.issuing import Authority, load_certificates
 
@@ -81,9 +82,15 @@ async def run(config: Provision, say: Callable[[str], None]) -> None:
             return
         async with AsyncExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="provision-")))
-            store = await job.open_store(config.store, folder)
+            settings = load_settings(config.store.config)
+            recipients: tuple[Recipient, ...] = ()
+            if config.kek.escrow and settings.escrow != "none":
+                recipients = load_recipients(settings.escrow.recipients)
+            store = await job.open_store(config.store, settings, folder)
             stack.push_async_callback(store.close)
             await provide_kek(config.kek, ref, job.secrets, store.registry)
+            if recipients:
+                await seal_kek(config.kek, ref, job.secrets, store, recipients)
 
 
 class _Run:
@@ -196,15 +203,16 @@ class _Run:
                 waiting = True
             await asyncio.sleep(_POLL)
 
-    async def open_store(self, wanted: Store, folder: Path) -> RedisStore:
+    async def open_store(self, wanted: Store, settings: Settings, folder: Path) -> RedisStore:
         """Return the store once it answers and is durable.
 
         Args:
             wanted: How it is reached.
+            settings: The service's configuration.
             folder: For the certificates that are read through the API.
         """
         end = time.monotonic() + wanted.wait
-        store = await open_store(await self._store_settings(wanted, folder, end))
+        store = await open_store(await self._store_settings(wanted, settings, folder, end))
         try:
             await self._until_durable(store, end)
         except BaseException:
@@ -227,8 +235,9 @@ class _Run:
                 said = why
             await asyncio.sleep(_POLL)
 
-    async def _store_settings(self, wanted: Store, folder: Path, end: float) -> StoreSettings:
-        settings = load_settings(wanted.config)
+    async def _store_settings(
+        self, wanted: Store, settings: Settings, folder: Path, end: float
+    ) -> StoreSettings:
         files = {}
         for name in ("ca", "cert", "key"):
             source: Source | None = getattr(wanted, name)

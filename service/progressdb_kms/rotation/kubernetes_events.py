@@ -7,6 +7,7 @@ the log. Needs the verb create on events (events.k8s.io) in the pod's namespace,
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -122,7 +123,8 @@ class PodEvents:
         return {
             "apiVersion": "events.k8s.io/v1",
             "kind": "Event",
-            "metadata": {"generateName": f"{pod.name[:200]}.", "namespace": pod.namespace},
+            # Named as others name theirs; generateName can't end with a dot.
+            "metadata": {"name": f"{pod.name[:200]}.{secrets.token_hex(8)}", "namespace": pod.namespace},
             # The API server wants a fraction of six digits, and the client leaves out one of zero.
             "eventTime": now.replace(microsecond=now.microsecond or 1).isoformat(),
             "reportingController": "progressdb-kms.io/job",

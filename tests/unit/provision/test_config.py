@@ -51,6 +51,7 @@ def test_least_and_paths(tmp_path: Path) -> None:
         (document(namespace="Kms"), r"\$\.namespace"),
         (document(name="x"), "unknown field `name`"),
         (document(kek=KEK), "kek.management create needs store"),
+        (document(kek={**KEK, "management": "require", "escrow": True}), "kek.escrow needs store"),
         (document(kek={**KEK, "management": "maybe"}, store=STORE), r"\$\.kek\.management"),
         (document(kek={**KEK, "store_id_key": "kek.yaml"}, store=STORE), "are the same"),
         (document(kek=KEK, store={"config": 7}), "must be a path"),

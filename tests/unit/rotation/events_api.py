@@ -94,15 +94,17 @@ class EventsApi:
         missing = [name for name in wanted if not body.get(name)]
         if missing:
             return f"missing {missing}"
-        if not re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}(Z|\+00:00)", body["eventTime"]):
-            return "eventTime is no MicroTime"
-        if body["type"] not in {"Normal", "Warning"}:
-            return "type"
-        if len(body["note"]) > 1024 or max(len(body[name]) for name in wanted[1:4]) > 128:
-            return "too long"
-        if body["regarding"]["namespace"] != body["metadata"]["namespace"]:
-            return "namespace"
-        return "" if "/" in body["reportingController"] else "reportingController"
+        labels = str(body["metadata"].get("name", "")).split(".")
+        time = re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}(Z|\+00:00)", body["eventTime"])
+        rules = {
+            "name": all(re.fullmatch("[a-z0-9]([-a-z0-9]*[a-z0-9])?", label) for label in labels),
+            "eventTime": time is not None,
+            "type": body["type"] in {"Normal", "Warning"},
+            "length": len(body["note"]) <= 1024 and max(len(body[name]) for name in wanted[1:4]) <= 128,
+            "namespace": body["regarding"]["namespace"] == body["metadata"]["namespace"],
+            "reportingController": "/" in body["reportingController"],
+        }
+        return ", ".join(name for name, kept in rules.items() if not kept)
 
     @staticmethod
     def _send(request: BaseHTTPRequestHandler, code: int, value: object) -> None:

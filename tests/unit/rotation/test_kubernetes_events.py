@@ -81,6 +81,7 @@ def test_a_rotation_is_told_of(api: EventsApi) -> None:
     assert "from KEK version 1 to 2" in begun["note"]
     assert "every key is under KEK version 2" in ended["note"]
     assert ended["type"] == "Normal"
+    assert begun["metadata"]["name"] != ended["metadata"]["name"]
     assert ended["action"] == "Rotate"
     assert ended["regarding"] == {
         "apiVersion": "v1",

@@ -5,6 +5,9 @@ Combinations that the schema can't see and that can't work, refused before anyth
 {{- $tls := .Values.tls -}}
 {{- $cm := $tls.certManager -}}
 {{- $redisMode := include "progressdb-kms.redisTlsMode" . -}}
+{{- if not (regexMatch "^[a-z]" (include "progressdb-kms.fullname" .)) }}
+{{- fail "a Service's name begins with a letter: give the release such a name, or set fullnameOverride" }}
+{{- end }}
 {{- include "progressdb-kms.checkStore" . -}}
 {{- include "progressdb-kms.checkClients" . -}}
 {{- if ne .Values.kek.management "create" }}

@@ -93,32 +93,41 @@ same lists: `passwords`, `certificates`, `kek`, `store`; the renewal takes `cert
 {{- toJson (dict "namespace" .Release.Namespace "labels" (merge $labels .Values.commonLabels)) -}}
 {{- end }}
 
-{{/* The Secrets that provision.yaml names, by namespace, as JSON: (dict "root" $ "provision" {...}). For the job's rights. */}}
+{{/*
+The Secrets that provision.yaml names, as JSON: for each namespace ("" is the release's) those it `writes` and those it only
+`reads`. The jobs' rights are made from it: (dict "root" $ "provision" {...}).
+*/}}
 {{- define "progressdb-kms.provisionSecrets" -}}
-{{- $own := list -}}
+{{- $writes := list -}}
+{{- $reads := list -}}
 {{- $others := dict -}}
-{{- with .provision.passwords }}{{ $own = append $own .secret }}{{ end }}
-{{- with .provision.kek }}{{ $own = append $own .secret }}{{ end }}
+{{- with .provision.passwords }}{{ $writes = append $writes .secret }}{{ end }}
+{{- with .provision.kek }}
+{{- if eq .management "create" }}{{ $writes = append $writes .secret }}{{ else }}{{ $reads = append $reads .secret }}{{ end }}
+{{- end }}
 {{- range $key, $from := default dict .provision.store }}
-{{- if kindIs "map" $from }}{{ $own = append $own $from.secret }}{{ end }}
+{{- if kindIs "map" $from }}{{ $reads = append $reads $from.secret }}{{ end }}
 {{- end }}
 {{- with .provision.certificates }}
-{{- range .authorities }}{{ $own = append $own .secret }}{{ end }}
+{{- range .authorities }}{{ $writes = append $writes .secret }}{{ end }}
 {{- range .bundles }}
-{{- $own = append $own .secret }}
-{{- range .secrets }}{{ $own = append $own .secret }}{{ end }}
+{{- $writes = append $writes .secret }}
+{{- range .secrets }}{{ $reads = append $reads .secret }}{{ end }}
 {{- end }}
 {{- range concat (default list .certificates) (default list .copies) }}
 {{- if and .namespace (ne .namespace $.root.Release.Namespace) }}
 {{- $_ := set $others .namespace (append (default list (get $others .namespace)) .secret) }}
 {{- else }}
-{{- $own = append $own .secret }}
+{{- $writes = append $writes .secret }}
 {{- end }}
-{{- with .from }}{{ $own = append $own . }}{{ end }}
-{{- range .trust }}{{ if kindIs "map" . }}{{ $own = append $own .secret }}{{ end }}{{ end }}
+{{- with .from }}{{ $reads = append $reads . }}{{ end }}
+{{- range .trust }}{{ if kindIs "map" . }}{{ $reads = append $reads .secret }}{{ end }}{{ end }}
 {{- end }}
 {{- end }}
-{{- $lists := dict "" ($own | uniq | sortAlpha) -}}
-{{- range $namespace, $secrets := $others }}{{ $_ := set $lists $namespace ($secrets | uniq | sortAlpha) }}{{ end }}
+{{- $writes = $writes | uniq | sortAlpha -}}
+{{- $only := list -}}
+{{- range $reads | uniq | sortAlpha }}{{ if not (has . $writes) }}{{ $only = append $only . }}{{ end }}{{ end }}
+{{- $lists := dict "" (dict "writes" $writes "reads" $only) -}}
+{{- range $namespace, $secrets := $others }}{{ $_ := set $lists $namespace (dict "writes" ($secrets | uniq | sortAlpha) "reads" list) }}{{ end }}
 {{- toJson $lists -}}
 {{- end }}
