@@ -145,7 +145,7 @@ def add_version(release: Release, version: int) -> None:
 
 
 def test_external_kek(release: Release, chat: Caller, ops: Caller, saw: Saw) -> None:
-    """Management external: the rotation takes the version that the operator added, and may touch no Secret."""
+    """Management external: the rotation takes the version that the operator added, and touches no Secret."""
     kek = f"{release.name}-kek"
     external = {"management": "external", "secretName": kek, "storeIdKey": "store-id"}
     release.helm.upgrade(release.values | {"kek": external})
