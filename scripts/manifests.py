@@ -51,7 +51,7 @@ def build(overlay: str) -> str:
     done = subprocess.run(command, check=False, capture_output=True, text=True)  # noqa: S603 - our own
     if done.returncode != 0:
         return f"overlay {overlay}: {done.stderr.strip()}"
-    # Strict, with schemas on disk; where it is not there, the cluster's own API server says it (make test-cluster).
+    # Strict, with schemas on disk. Where it is missing, make test-cluster asks an API server.
     if validator := shutil.which("kubeconform-offline"):
         checked = subprocess.run(  # noqa: S603 - our own
             [validator, "-"], input=done.stdout, check=False, capture_output=True, text=True

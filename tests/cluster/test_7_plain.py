@@ -30,7 +30,7 @@ def plain() -> Iterator[Kube]:
 
 
 def test_overlay_becomes_ready(plain: Kube, image: str, tmp_path: Path, saw: Callable[[str], None]) -> None:
-    """`kubectl apply -k` of the overlay dev gives a service that is ready; applied again, it changes nothing."""
+    """`kubectl apply -k` of the overlay dev gives a ready service; applied again, it changes nothing."""
     repository, _, tag = image.rpartition(":")
     mine = {
         "resources": [os.path.relpath(ROOT / "deploy" / "k8s" / "overlays" / "dev", tmp_path)],
