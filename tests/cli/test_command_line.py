@@ -158,7 +158,7 @@ def test_without_the_extra_one_line_says_what_to_install(words: list[str], packa
 
 def test_a_missing_extra_is_named() -> None:
     """Where the package of another extra is missing, that extra is what to install."""
-    words = ["backup", "create", "--config", "c", "--s3", "s3://bucket/x"]
+    words = ["backup", "fetch", "--s3", "s3://bucket/x", "--out", "f"]
     done = execute(*words, code="import sys; sys.modules['boto3'] = None")
     assert done.returncode == 2
     assert "progressdb-kms[s3]" in done.stderr

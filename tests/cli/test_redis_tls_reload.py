@@ -257,6 +257,7 @@ def test_a_changed_user_is_loaded(scene: Scene, kind: str) -> None:
     write_private(acl, good + "user kms on nopass ~kms:* -@all +get\n")
     scene.wait_for("users_applied", 2)
     assert b"kms" in scene.server.ask("ACL", "USERS")
+    scene.wait_for("certificates_applied")
     loads = stat(scene.server, "cmdstat_acl|load")
     acl.touch()
     scene.mounted.swap(files_of(scene.ca.server(), scene.ca))
