@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import re
+import secrets
 from collections.abc import Callable
 
 import pytest
 
-from tests.cluster.kube import Manifest, until
+from tests.cluster.kube import Feed, Manifest, until
 from tests.cluster.scene import Caller, Release
 
 pytestmark = pytest.mark.cluster
@@ -129,3 +132,39 @@ def test_suspended_by_value(release: Release, saw: Saw) -> None:
     assert spec.get("suspend", False) is False
     assert spec["concurrencyPolicy"] == "Forbid"
     saw(f"schedule {spec['schedule']}, {spec['concurrencyPolicy']}")
+
+
+def add_version(release: Release, version: int) -> None:
+    """Add a KEK version to the Secret, as GitOps or External Secrets do."""
+    name = f"{release.name}-kek"
+    content = release.kube.secret(name).value("kek.yaml").decode().rstrip("\n")
+    assert re.search(r"^versions:", content, re.MULTILINE), "the file holds more than one version by now"
+    content += f"\n  {version}: {secrets.token_hex(32)}\n"
+    patch = Feed(json.dumps({"data": {"kek.yaml": base64.b64encode(content.encode()).decode()}}))
+    release.kube("patch", "secret", name, "--type=merge", "--patch-file=/dev/stdin", stdin=patch)
+
+
+def test_external_kek(release: Release, chat: Caller, ops: Caller, saw: Saw) -> None:
+    """Management external: the rotation takes the version that the operator added, and touches no Secret."""
+    kek = f"{release.name}-kek"
+    external = {"management": "external", "secretName": kek, "storeIdKey": "store-id"}
+    release.helm.upgrade(release.values | {"kek": external})
+    wanted = ops("census")["active"] + 1
+    account = f"--as=system:serviceaccount:{release.kube.namespace}:{release.name}-rotate"
+    may = [
+        verb
+        for verb in ("get", "patch")
+        if release.kube.run("auth", "can-i", verb, f"secret/{kek}", account).returncode == 0
+    ]
+    add_version(release, wanted)
+    release.kube.create_job("rotate-external", f"{release.name}-rotate")
+    release.kube.wait_for_job("rotate-external", 600)
+    after, versions = ops("census"), kek_versions(release)
+    release.helm.upgrade(release.values)
+    release.wait_ready()
+    assert may == []
+    assert after["active"] == wanted
+    assert after["rotation"]["outcome"] == "clean"
+    assert max(versions) == wanted
+    assert chat("check")["lost"] == {}
+    saw(f"version {wanted} was added by hand and taken; the job's account may neither get nor patch {kek}")

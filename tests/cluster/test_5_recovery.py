@@ -159,7 +159,7 @@ def test_restore_drill(
         where("delete", "job", job)
     restored = drill_census(drill)
     assert restored == census["deks"]
-    saw(f"{name} ({digest[:12]}...): {out.strip().splitlines()[-1][:100]}")
+    saw(f"{name} ({digest[:12]}...): {' '.join(out.split())[:120]}")
     saw(
         f"{len(unready)} pods were unready until the import; keys by KEK version {restored}, as in the source"
     )
@@ -197,4 +197,4 @@ def test_lost_store_stops_the_install(release: Release, chat: Caller, saw: Saw) 
     ledger = chat("check")
     assert ledger["lost"] == {}
     saw(message[:160])
-    saw(f"{out.strip().splitlines()[-1][:100]}; all {ledger['keys']} keys decrypt")
+    saw(f"{' '.join(out.split())[:120]}; all {ledger['keys']} keys decrypt")
