@@ -43,7 +43,7 @@ run: install system-packages ## serve from .dev over mTLS, show a round trip, un
 
 .PHONY: test
 test: install system-packages ## every test but those of wheel, image, chart and cluster, with branch coverage
-	$(PYTEST) -n $(WORKERS) --dist loadscope -m 'not wheel and not image and not cluster and not chart' --cov --cov-report=term $(ARGS)
+	$(PYTEST) -n $(WORKERS) --dist loadscope --no-loadscope-reorder -m 'not wheel and not image and not cluster and not chart' --cov --cov-report=term $(ARGS)
 
 .PHONY: test-fault
 test-fault: export FAULT_RUNS ?= 200
@@ -127,6 +127,23 @@ check-openapi: install ## are docs/openapi.json and docs/errors.md what the serv
 	$(KMS) openapi | diff -u docs/openapi.json -
 	$(BIN)/python scripts/error_table.py --check
 
+.venv-audit/.installed: requirements/audit.txt .venv/.installed
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv-audit
+	$(BIN)/uv pip install --quiet --python .venv-audit/bin/python --no-deps --require-hashes -r requirements/audit.txt
+	touch $@
+
+# --strict: what could not be looked up is not taken for sound.
+.PHONY: audit-deps
+audit-deps: .venv-audit/.installed ## look the locked packages up among known vulnerabilities (needs the internet)
+	.venv-audit/bin/pip-audit --strict --disable-pip --no-deps -r requirements/image.txt -r requirements/client.txt $(ARGS)
+
+.PHONY: sbom
+sbom: .venv-audit/.installed ## write dist/progressdb-kms.cdx.json (CycloneDX) of what the service is deployed with
+	mkdir -p dist
+	.venv-audit/bin/cyclonedx-py requirements requirements/image.txt --pyproject pyproject.toml --mc-type application \
+		--output-reproducible --validate --output-format JSON --output-file dist/progressdb-kms.cdx.json
+	$(BIN)/python scripts/check_sbom.py dist/progressdb-kms.cdx.json requirements/image.txt
+
 .PHONY: bench
 bench: install system-packages ## measure requests and CPU per request (benchmarks/README.md)
 	$(BIN)/python benchmarks/run.py $(ARGS)
@@ -164,5 +181,5 @@ test-examples docs:
 .PHONY: clean
 clean: ## remove caches, reports and builds (.venv and .dev, which holds keys, stay)
 	rm -rf build dist htmlcov .coverage .coverage.* .hypothesis .schemathesis
-	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .venv-3.*
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .venv-3.* .venv-audit
 	find service tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +

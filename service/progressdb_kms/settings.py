@@ -64,6 +64,8 @@ class Tls(_Section, frozen=True, kw_only=True):
     cert: Path
     key: Path
     client_ca: Path
+    client_crl: Path | None = None
+    require_current_crl: bool = False
 
 
 class Kek(_Section, frozen=True, kw_only=True):

@@ -66,7 +66,7 @@ def test_the_store_is_reached_by_its_callers_and_reaches_nobody():
         "backup",
         "provision",
     ]
-    # No rule at all: with the policy type named, that denies. An empty list would be dropped by the API server.
+    # No rule at all: with the policy type named, that denies. The API server would drop an empty list.
     assert "Egress" in spec["policyTypes"]
     assert "egress" not in spec
 

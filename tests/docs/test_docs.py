@@ -80,7 +80,7 @@ def test_configuration_of_the_readme_is_valid():
 def test_commands_in_the_documents_exist(name):
     """Every `progressdb-kms ...` that a document shows is a command with those options."""
     text = (ROOT / name).read_text()
-    for line in re.findall(r"progressdb-kms ([a-z][^`\n|>#]*)", text):
+    for line in re.findall(r"(?<!helm install )(?<!helm upgrade )progressdb-kms ([a-z][^`\n|>#]*)", text):
         words = line.split()
         command: click.Command | None = app
         context = click.Context(app)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
+import shutil
 import subprocess
 import sys
 import venv
@@ -64,14 +67,19 @@ class Environment:
         )
 
 
+def build(tree: Path, out: Path) -> Path:
+    """Build the wheel of a tree into a folder."""
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(tree)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    (built,) = out.glob("*.whl")
+    return built
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built from this tree."""
     folder = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    (built,) = folder.glob("*.whl")
-    return built
+    return build(ROOT, folder)
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +114,20 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert names == source
     assert "progressdb_kms/py.typed" in names
     assert any(name.endswith(".lua") for name in names)
+
+
+def test_wheel_is_reproducible(wheel: Path, tmp_path: Path) -> None:
+    """Built from a copy of the tree, with other times and modes of files, it is the same, byte for byte."""
+    copy = tmp_path / "copy"
+    shutil.copytree(ROOT / "service", copy / "service", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    for path in copy.rglob("*"):
+        os.utime(path, (1_000_000_000, 1_000_000_000))
+        if path.is_file():
+            path.chmod(0o600)
+    again = build(copy, tmp_path)
+    assert hashlib.sha256(again.read_bytes()).hexdigest() == hashlib.sha256(wheel.read_bytes()).hexdigest()
 
 
 def test_wheel_carries_the_licence(wheel: Path, metadata: Message) -> None:

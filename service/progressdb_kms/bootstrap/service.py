@@ -124,6 +124,8 @@ class Service:
         ]
         if settings.tls is not None:
             paths = [settings.tls.cert, settings.tls.key, settings.tls.client_ca]
+            if settings.tls.client_crl is not None:
+                paths.append(settings.tls.client_crl)
             self._watches.append(Watch(paths, self._reload_tls))
         # Watches are made before the files are read, so that a change in between is not missed.
         self.source = kek_source(settings)
@@ -295,6 +297,14 @@ class Service:
             )
             expiry.labels("server").set_function(lambda: tls.facts.not_after)
             expiry.labels("client_ca").set_function(lambda: min(ca.not_after for ca in tls.facts.client_cas))
+            if self.settings.tls is not None and self.settings.tls.client_crl is not None:
+                next_update = expiry.labels("client_crl")
+                next_update.set_function(lambda: min(crl.next_update for crl in tls.facts.crls))
+                metrics.gauge(
+                    "kms_revoked_certificates",
+                    "Client certificates that the loaded revocation lists name.",
+                    lambda: sum(crl.revoked for crl in tls.facts.crls),
+                )
 
     async def _reload_kek(self) -> None:
         try:
@@ -317,7 +327,7 @@ class Service:
 
     async def _reload_tls(self) -> None:
         if self.tls is not None:
-            self.tls.reload()
+            await self.tls.reload()
 
 
 async def serve(settings: Settings, *, on_ready: Callable[[Addresses], None] | None = None) -> int:

@@ -29,7 +29,7 @@ from progressdb_kms.ports import KekSource, StoreStatus
 from progressdb_kms.settings import Settings, Tls, load_settings, redact_url
 from progressdb_kms.store.redis import RedisStore, open_store
 from progressdb_kms.transport.listeners import MAX_UNIX_PATH, listen_tcp
-from progressdb_kms.transport.tls import build_context
+from progressdb_kms.transport.tls import TlsFacts, build_context
 from progressdb_kms.usecases.keks import KekBook, empty_store
 
 _EXPIRES_SOON: Final = 14 * 86400
@@ -100,9 +100,9 @@ def _tls(settings: Settings) -> Iterator[Check]:
         yield Check("tls", Result.OK, "not configured: the API is served on the Unix socket only")
         return
     try:
-        _, facts = build_context(tls)
+        _, facts, _ = build_context(tls)
     except TlsInvalid as error:
-        yield Check("tls", Result.FAIL, error.detail, "mend the file; the three of tls belong together")
+        yield Check("tls", Result.FAIL, error.detail, "mend the file; those of tls belong together")
         return
     yield Check("tls", Result.OK, "certificate, key and client CA can be read, belong together and are valid")
     yield _expiry("server certificate", tls.cert, facts.not_after)
@@ -124,6 +124,29 @@ def _tls(settings: Settings) -> Iterator[Check]:
         )
     for ca in facts.client_cas:
         yield _expiry(f"client CA {ca.subject}", tls.client_ca, ca.not_after)
+    yield from _revocation(tls, facts)
+
+
+def _revocation(tls: Tls, facts: TlsFacts) -> Iterator[Check]:
+    if tls.client_crl is None:
+        return
+    for crl in facts.crls:
+        yield _current(f"revocation list of {crl.issuer}", tls.client_crl, crl.next_update)
+    listed = {crl.issuer for crl in facts.crls}
+    for ca in facts.client_cas:
+        if ca.subject not in listed:
+            yield Check(
+                f"revocation list of {ca.subject}",
+                Result.WARN,
+                f"{tls.client_crl} has none, so that none of its certificates can be revoked",
+                "add that CA's list to the file",
+            )
+
+
+def _current(check: str, path: Path, next_update: float) -> Check:
+    if next_update <= time.time():
+        return Check(check, Result.WARN, f"in {path}, past its next update", "fetch the CA's present list")
+    return Check(check, Result.OK, f"{path} is current")
 
 
 def _has_server_usage(tls: Tls) -> bool:

@@ -225,9 +225,19 @@ class HeadersTooLarge(RequestError):
 
 
 class TooManyRequests(RequestError):
+    """The caller's own limit in the policy.
+
+    Attributes:
+        retry_after: Seconds until it is worth asking again.
+    """
+
     code = "too_many_requests"
     title = "Too many requests"
     retryable = True
+
+    def __init__(self, detail: str = "", retry_after: float = 1.0) -> None:
+        super().__init__(detail)
+        self.retry_after = retry_after
 
 
 class AuthenticationFailed(RequestError):

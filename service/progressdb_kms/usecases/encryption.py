@@ -163,6 +163,7 @@ class Hot:
             except KmsError as error:
                 results.append(self._failed(error, "/encrypt_batch"))
         self._kms.observer.dek_uses("encrypt", done)
+        session.charge(len(items) - 1)
         return encode(accept, Results(results))
 
     def decrypt_batch(
@@ -193,6 +194,7 @@ class Hot:
             except KmsError as error:
                 results.append(self._failed(error, "/decrypt_batch"))
         self._kms.observer.dek_uses("decrypt", done)
+        session.charge(len(items) - 1)
         return encode(accept, Results(results))
 
     def _failed(self, error: KmsError, route: str) -> Failed:
