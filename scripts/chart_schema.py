@@ -132,6 +132,20 @@ RULE: Final = closed(
     ("permissions",),
 ) | {"anyOf": [{"required": ["identities"]}, {"required": ["spki_sha256"]}]}
 
+AMOUNT: Final = number(1, 1_000_000_000)
+LIMIT: Final = closed(
+    {
+        "identities": listed(text(IDENTITY), 1),
+        "operations_per_second": AMOUNT,
+        "burst": AMOUNT,
+        "concurrent": AMOUNT,
+    },
+    ("identities",),
+) | {
+    "anyOf": [{"required": ["operations_per_second"]}, {"required": ["concurrent"]}],
+    "dependencies": {"burst": ["operations_per_second"]},
+}
+
 # By the end of a value's path; `*` stands for (a part of) one name. The longest that fits counts.
 RULES: Final[dict[str, Schema]] = {
     "global": OPEN,
@@ -175,6 +189,9 @@ RULES: Final[dict[str, Schema]] = {
     "accessModes": listed(choice("ReadWriteOnce", "ReadWriteOncePod", "ReadWriteMany"), 1),
     "clients": listed(CLIENT),
     "policy.rules": listed(RULE),
+    "policy.limits": listed(LIMIT),
+    "tls.clientCrl.secretName": SECRET,
+    "tls.clientCrl.key": text(KEY),
     "tls.mode": choice(*MODES),
     "tls.extraNames": listed(text(HOST)),
     "tls.extraIPs": listed(text("[0-9a-fA-F.:]+")),

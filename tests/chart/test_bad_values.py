@@ -108,6 +108,14 @@ COMBINATIONS = {
         {"clients": [{"name": "a", "identity": "dns:*.chat.svc"}]},
         "name one identity, or set certificate: false",
     ),
+    "lists required and none named": (
+        {"tls": {"clientCrl": {"requireCurrent": True}}},
+        "needs tls.clientCrl.secretName",
+    ),
+    "lists of a CA that makes none": (
+        at(CERT_MANAGER, "tls.clientCrl.secretName", "lists"),
+        "Take the client out of `clients` instead",
+    ),
     "a digit first": ({"fullnameOverride": "1kms"}, "set fullnameOverride"),
     "body too small": ({"settings": {"limits": {"bodyBytes": 1048576}}}, "give it a third more and 1024"),
 }
@@ -134,6 +142,7 @@ WRONG = {
     "podDisruptionBudget.maxUnavailable": 0,
     "clients": [{"namespace": "chat"}],
     "policy.rules": [{"permissions": ["key:read"]}],
+    "policy.limits": [{"identities": ["cn:a"], "burst": 5}],
     "redis.maxmemory": "lots",
     "redis.appendfsync": "everysec",
     "redis.persistence.size": "big",

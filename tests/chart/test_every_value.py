@@ -43,6 +43,7 @@ SHARED = {
 CONTEXT = {
     "autoscaling": {"autoscaling": {"enabled": True}},
     "autoscaling.enabled": {},
+    "tls.clientCrl": {"tls": {"clientCrl": {"secretName": "lists"}}},
     "tls.certManager": CERT_MANAGER,
     "tls.certManager.client.trustSecret": OWN_ISSUERS,
     "tls.certManager.client.trustKey": OWN_ISSUERS,
@@ -79,6 +80,7 @@ ONLY_CHECKED = {"global", "externalStore.allowPlaintext", "tls.certManager.clien
 OTHER = {
     "clients": [{"name": "chat", "namespace": "chat"}],
     "policy.rules": [{"identities": ["cn:x"], "permissions": ["key:read"]}],
+    "policy.limits": [{"identities": ["cn:x"], "concurrent": 3}],
     "escrow.recipients": [PEM],
     "imagePullSecrets": [{"name": "pull"}],
     "topologySpreadConstraints": [

@@ -106,6 +106,18 @@ def test_client_certificates_are_always_asked_for(values):
     assert trust[0]["name"] not in leaves
 
 
+def test_revocation_lists_lie_beside_the_clients_ca():
+    """With lists named the service checks them; they come with the volume that is swapped as a whole."""
+    rendered = objects(mode("existing"))
+    tls = document(rendered, "-config", "config.yaml")["tls"]
+    assert tls["client_crl"] == "/etc/progressdb-kms/client-ca/crl.pem"
+    assert tls["require_current_crl"] is True
+    volume = one("Deployment", "", rendered)["spec"]["template"]["spec"]["volumes"][0]
+    lists = {"name": "client-crls", "items": [{"key": "crl.pem", "path": "client-ca/crl.pem"}]}
+    assert {"secret": lists} in volume["projected"]["sources"]
+    assert "client_crl" not in document(objects(), "-config", "config.yaml")["tls"]
+
+
 def test_the_clients_ca_signs_nothing_else():
     """Clients, the server and the store have three CAs, and the bundle of trust names the clients' alone."""
     certificates = document(objects(), "-provision", "provision.yaml")["certificates"]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.cluster.kube import Helm, Kube, Manifest, until
+from tests.cluster.kube import Helm, Kube, Manifest, identities, until
 from tests.cluster.scene import RELEASE, Caller, Release
 
 pytestmark = pytest.mark.cluster
@@ -159,6 +159,7 @@ def test_restore_drill(
         where("delete", "job", job)
     restored = drill_census(drill)
     assert restored == census["deks"]
+    assert set(identities(drill.service_pods()).values()) == {0}, "who waits for an import ends at nothing"
     saw(f"{name} ({digest[:12]}...): {' '.join(out.split())[:120]}")
     saw(
         f"{len(unready)} pods were unready until the import; keys by KEK version {restored}, as in the source"

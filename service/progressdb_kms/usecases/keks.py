@@ -104,11 +104,19 @@ class KekBook:
         Raises:
             KekMismatch: A loaded version is not the key that was registered, or a needed one is not loaded;
                 or the KEKs belong to another store.
-            NotReady: The store is empty, and the KEKs belong to one that is not. It can still be filled.
+            NotReady: The store has no registry, and the KEKs belong to one that has. It can still be
+                filled.
             RegistryLost: The store holds keys but no registry that this release can read.
             StoreUnavailable, StoreNotDurable: Not now.
         """
-        view = await self._registry.load()
+        try:
+            view = await self._registry.load()
+        except RegistryLost as error:
+            if not self._store_id:
+                raise
+            # An import writes the registry last. Who waits for it on an empty store waits to its end.
+            self.problem = f"{error.detail}; an import that is under way brings it when it ends"
+            raise NotReady(self.problem) from None
         if view is None and self._store_id:
             self.problem = empty_store(self._store_id)
             raise NotReady(self.problem)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from progressdb_kms.domain.envelope import USES_LIMIT, USES_WARN
-from progressdb_kms.domain.errors import KekMismatch, KekUnavailable, NotReady
+from progressdb_kms.domain.errors import KekMismatch, KekUnavailable, NotReady, RegistryLost
 from progressdb_kms.domain.keyring import KekInfo, KekState, check_value, kek_id_of
 from progressdb_kms.kek.file import FileKekSource
 from progressdb_kms.store.memory import MemoryStore
@@ -72,6 +72,22 @@ async def test_an_empty_store_is_not_founded_by_a_kek_of_another(tmp_path: Path)
     await store.registry.initialise(first_kek(1, value, "file", "1", 5), name)
     await keks.start(0)
     assert (keks.problem, keks.view.store_id, keks.view.keks[1].created_at) == ("", name, 5)
+
+
+async def test_a_store_that_is_being_filled_is_waited_for(tmp_path: Path) -> None:
+    """Keys without a registry, as during an import, are no end for KEKs that belong to a store."""
+    store = MemoryStore()
+    path = write_keks(tmp_path / "kek", v1="kek 1")
+
+    class Filling:
+        async def load(self) -> None:
+            raise RegistryLost("the store holds keys but no registry")
+
+    for name, expected in (("ab" * 16, NotReady), ("", RegistryLost)):
+        keks = KekBook(source=FileKekSource(path), registry=store.registry, observer=Watcher(), store_id=name)
+        keks._registry = Filling()  # type: ignore[assignment]
+        with pytest.raises(expected, match="no registry"):
+            await keks.start(0)
 
 
 async def test_another_store_is_refused(tmp_path: Path) -> None:

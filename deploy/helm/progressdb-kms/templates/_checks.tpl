@@ -31,6 +31,12 @@ Combinations that the schema can't see and that can't work, refused before anyth
 {{- end }}
 {{- end }}
 {{- end }}
+{{- if and $tls.clientCrl.requireCurrent (not $tls.clientCrl.secretName) }}
+{{- fail "tls.clientCrl.requireCurrent needs tls.clientCrl.secretName: a Secret with the revocation lists of the clients' CAs" }}
+{{- end }}
+{{- if and (eq $tls.mode "certManager") (not $cm.client.issuerRef.name) $tls.clientCrl.secretName }}
+{{- fail "tls.clientCrl: the CA that cert-manager makes in the release issues no revocation lists. Take the client out of `clients` instead, or name an issuer that has lists in tls.certManager.client.issuerRef" }}
+{{- end }}
 {{- if eq $tls.mode "certManager" }}
 {{- with $cm.client }}
 {{- if .issuerRef.name }}

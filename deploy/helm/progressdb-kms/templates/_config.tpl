@@ -9,6 +9,10 @@ tls:
   cert: {{ $dir }}/tls/tls.crt
   key: {{ $dir }}/tls/tls.key
   client_ca: {{ $dir }}/client-ca/ca.crt
+  {{- if .Values.tls.clientCrl.secretName }}
+  client_crl: {{ $dir }}/client-ca/crl.pem
+  require_current_crl: {{ .Values.tls.clientCrl.requireCurrent }}
+  {{- end }}
 policy: {{ $dir }}/policy.yaml
 kek: {path: {{ $dir }}/kek/kek.yaml, management: kubernetes}
 store:
@@ -104,5 +108,7 @@ escrow: none
 {{- with .threadPrefixes }}{{ $_ := set $rule "thread_prefixes" . }}{{ end }}
 {{- $rules = append $rules $rule }}
 {{- end }}
-{{- toYaml (dict "rules" (concat $rules .Values.policy.rules)) -}}
+{{- $policy := dict "rules" (concat $rules .Values.policy.rules) -}}
+{{- with .Values.policy.limits }}{{ $_ := set $policy "limits" . }}{{ end }}
+{{- toYaml $policy -}}
 {{- end }}

@@ -42,6 +42,13 @@ password. Projected, and never by subPath, so that changes of Secrets reach it, 
       - secret:
           name: {{ $trust.secret }}
           items: [{key: {{ $trust.key }}, path: client-ca/ca.crt}]
+      {{- with .root.Values.tls.clientCrl }}
+      {{- if .secretName }}
+      - secret:
+          name: {{ .secretName }}
+          items: [{key: {{ .key }}, path: client-ca/crl.pem}]
+      {{- end }}
+      {{- end }}
       {{- end }}
       {{- if has "store" .parts }}
       {{- range $path, $from := include "progressdb-kms.storeFiles" .root | fromYaml }}
