@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING
 import structlog
 
 from progressdb_kms import __version__
-from progressdb_kms.audit.stdout import StdoutAuditLog
+from progressdb_kms.audit.escrow import AuditedEscrowBox
+from progressdb_kms.bootstrap.audit import command_audit, operator
+from progressdb_kms.bootstrap.storing import store_settings
 from progressdb_kms.domain.errors import (
     KmsError,
     PolicyInvalid,
     RegistryLost,
     RotationRefused,
-    SettingsInvalid,
     StoreNotDurable,
     StoreUnavailable,
 )
@@ -38,7 +39,6 @@ from progressdb_kms.process import harden
 from progressdb_kms.settings import Settings
 from progressdb_kms.store.escrow_entries import decode_entry
 from progressdb_kms.store.redis import RedisStore, open_store
-from progressdb_kms.store.settings import StoreSettings
 from progressdb_kms.usecases.backup import inspect_export
 from progressdb_kms.usecases.crew import Parts, Progress
 from progressdb_kms.usecases.keks import KekBook
@@ -53,36 +53,6 @@ if TYPE_CHECKING:
     from progressdb_kms.ports.escrow import SealedKek
 
 log = structlog.get_logger(__name__)
-
-
-def store_settings(settings: Settings) -> StoreSettings:
-    """Return the store adapter's settings; reads the password file.
-
-    Raises:
-        SettingsInvalid: The password file can't be read.
-    """
-    store = settings.store
-    password = ""
-    if store.password_file is not None:
-        try:
-            password = store.password_file.read_text().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise SettingsInvalid(f"can't read store.password_file {store.password_file}") from error
-    tls = store.tls
-    return StoreSettings(
-        url=store.url,
-        username=store.username or "",
-        password=password,
-        tls_ca=str(tls.ca) if tls else "",
-        tls_cert=str(tls.cert) if tls and tls.cert else "",
-        tls_key=str(tls.key) if tls and tls.key else "",
-        connect_timeout=store.connect_timeout,
-        command_timeout=store.command_timeout,
-        durability=store.durability,
-        attested_reason=store.attested_reason,
-        allow_data_loss=store.allow_data_loss,
-        min_replicas=store.min_replicas,
-    )
 
 
 def kek_source(settings: Settings) -> FileKekSource:
@@ -136,7 +106,8 @@ async def open_vault(settings: Settings, command: str) -> AsyncIterator[tuple[Va
         if status.problems:
             raise StoreNotDurable("; ".join(status.problems))
         keks = KekBook(source=source, registry=store.registry, observer=Metrics())
-        yield make_vault(store, source, StdoutAuditLog(owner, sys.stderr), owner), keks
+        async with command_audit(settings, store, owner, Metrics(), sys.stderr) as audit:
+            yield make_vault(store, source, audit, owner), keks
     finally:
         await store.close()
 
@@ -177,21 +148,23 @@ async def rotation_parts(settings: Settings, progress: Progress) -> AsyncIterato
             raise RotationRefused("the store holds no KEK registry yet: start the service on it first")
         await keks.refresh()
         recipients = () if settings.escrow == "none" else load_recipients(settings.escrow.recipients)
-        escrow = Escrow(store.escrow, store.registry, source, recipients)
         watching = asyncio.create_task(watch.run())
         try:
-            yield Parts(
-                ledger=store.rotation_ledger,
-                slots=store.rotation_slots,
-                registry=store.registry,
-                heartbeats=store.heartbeats,
-                stager=_kek_stager(settings, source, keks, escrow),
-                keks=keks,
-                progress=progress,
-                now=time.time,
-                census=store.keys.census,
-                audit=StdoutAuditLog(secrets.token_hex(8)),
-            )
+            async with command_audit(settings, store, secrets.token_hex(8), metrics, sys.stdout) as audit:
+                box = AuditedEscrowBox(store.escrow, audit, operator("rotate"), reads=False)
+                escrow = Escrow(box, store.registry, source, recipients)
+                yield Parts(
+                    ledger=store.rotation_ledger,
+                    slots=store.rotation_slots,
+                    registry=store.registry,
+                    heartbeats=store.heartbeats,
+                    stager=_kek_stager(settings, source, keks, escrow),
+                    keks=keks,
+                    progress=progress,
+                    now=time.time,
+                    census=store.keys.census,
+                    audit=audit,
+                )
         finally:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
@@ -213,10 +186,17 @@ def exported_escrow(
     return kept, RegistryView(found.header.store_id, keks, found.registry.active, 0)
 
 
-async def read_escrow(settings: Settings) -> tuple[Mapping[int, Sequence[SealedKek]], RegistryView]:
-    """Return what the store's escrow holds, and its registry. Needs no KEK.
+async def read_escrow(
+    settings: Settings, command: str
+) -> tuple[Mapping[int, Sequence[SealedKek]], RegistryView]:
+    """Return what the store's escrow holds, and its registry. Needs no KEK. It is audited.
+
+    Args:
+        settings: The service's configuration.
+        command: Its name, for the audit log.
 
     Raises:
+        AuditUnavailable: That it is read can't be written down.
         RegistryLost: The store holds no registry.
         BackupInvalid: An entry can't be read.
         StoreUnavailable: The store does not answer.
@@ -226,7 +206,9 @@ async def read_escrow(settings: Settings) -> tuple[Mapping[int, Sequence[SealedK
         view = await store.registry.load()
         if view is None:
             raise RegistryLost("the store holds no KEK registry")
-        return await store.escrow.load(), view
+        who = operator(command)
+        async with command_audit(settings, store, who, Metrics(), sys.stderr) as audit:
+            return await AuditedEscrowBox(store.escrow, audit, who, reads=True).load(), view
     finally:
         await store.close()
 

@@ -17,12 +17,13 @@ The tree, by whose fault it is::
     |   `-- AuthenticationFailed
     |-- WrappedKeyInvalid       a stored blob is forged, damaged or under another KEK
     |-- ServiceError            the service can't answer now; most of these are worth a retry
-    |   |-- StoreUnavailable, StoreNotDurable, StaleKek, KekUnavailable, Overloaded, DeadlineExceeded,
-    |   |   NotReady
+    |   |-- StoreUnavailable, StoreNotDurable, AuditUnavailable, StaleKek, KekUnavailable, Overloaded,
+    |   |   DeadlineExceeded, NotReady
     |   `-- InternalError
     `-- OperatorError           refused at start or in a command: never sent over HTTP
         `-- KekMismatch, KekFileInvalid, RegistryLost, SettingsInvalid, PolicyInvalid, TlsInvalid,
-            RotationRunning, RotationRefused, InstancesMissing, Fenced, BackupInvalid
+            RotationRunning, RotationRefused, InstancesMissing, Fenced, BackupInvalid,
+            AuditKeyInvalid
 
 "Wrong key or forged" (``AuthenticationFailed``), "malformed" (``MalformedCiphertext``), "not found",
 "disabled" and "store unavailable" are different classes by contract: a caller does something else about
@@ -260,6 +261,11 @@ class StoreNotDurable(ServiceError):
     title = "The store could lose acknowledged keys, so nothing is written to it"
 
 
+class AuditUnavailable(ServiceError):
+    code = "audit_unavailable"
+    title = "The audit log can't be written, so nothing is changed"
+
+
 class StaleKek(ServiceError):
     """A wrap under a KEK version below the store's floor: refresh the registry and wrap again."""
 
@@ -358,6 +364,10 @@ class BackupInvalid(OperatorError):
     """A backup is damaged, or not of this store or these KEKs."""
 
     code = "backup_invalid"
+
+
+class AuditKeyInvalid(OperatorError):
+    code = "audit_key_invalid"
 
 
 def _walk(cls: type[KmsError]) -> list[type[KmsError]]:
