@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -294,6 +295,23 @@ class TestFiles:
         report = await scene.verify_directory()
         assert (report.problems, report.notes) == ([], [])
         assert scene.counts.told["failed file"] == 2
+
+    async def test_a_full_disk_stops_changes(self, scene: Scene, tmp_path: Path) -> None:
+        """As the kernel tells it, in the middle of a line; with room again it goes on by itself."""
+        log = scene.log()
+        await log.record([event(1)])
+        (path,) = tmp_path.iterdir()
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 40, hard))
+        try:
+            assert await refused(log, 2)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert not await refused(log, 3)
+        await log.close()
+        report = await scene.verify_directory()
+        assert (report.problems, report.chains[0].open_intents) == ([], 1)
+        assert (await scene.verify()).intact
 
     async def test_the_head_never_vouches_for_what_a_file_lacks(self, scene: Scene, tmp_path: Path) -> None:
         """The file comes first: a crash between the two leaves a record that nobody was told of."""
