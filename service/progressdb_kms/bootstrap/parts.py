@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import os
 import secrets
-import socket
 import sys
 import time
 from contextlib import asynccontextmanager
@@ -97,7 +95,7 @@ async def open_vault(settings: Settings, command: str) -> AsyncIterator[tuple[Va
     for line in harden():
         log.debug("hardening", detail=line)
     source = kek_source(settings)
-    owner = f"{command} on {socket.gethostname()}, process {os.getpid()}, {secrets.token_hex(4)}"
+    owner = f"{operator(command)}, {secrets.token_hex(4)}"
     store = await open_store(store_settings(settings))
     try:
         status = store.health.status
