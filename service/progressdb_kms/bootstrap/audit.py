@@ -18,6 +18,7 @@ from progressdb_kms.audit.stdout import NoAuditLog, StdoutAuditLog
 from progressdb_kms.audit.trimming import Trimmer
 from progressdb_kms.bootstrap.storing import store_settings
 from progressdb_kms.domain.errors import AuditUnavailable, KmsError, StoreUnavailable
+from progressdb_kms.observability.logs import configure_logs
 from progressdb_kms.ports import AuditEvent
 from progressdb_kms.store.redis import open_store
 
@@ -159,6 +160,7 @@ async def keep_up(settings: Settings, audit: AuditLog, store: AuditStore, observ
 
 @asynccontextmanager
 async def _opened(settings: Settings) -> AsyncIterator[RedisStore]:
+    configure_logs(settings.log.level, settings.log.format)
     store = await open_store(store_settings(settings))
     try:
         if not store.health.status.reachable:

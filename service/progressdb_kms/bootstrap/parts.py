@@ -199,6 +199,7 @@ async def read_escrow(
         BackupInvalid: An entry can't be read.
         StoreUnavailable: The store does not answer.
     """
+    configure_logs(settings.log.level, settings.log.format)
     store = await open_store(store_settings(settings))
     try:
         view = await store.registry.load()
