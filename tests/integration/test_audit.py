@@ -229,7 +229,9 @@ def test_commands_are_audited(world: World, pair: list[Instance], tmp_path: Path
     config = pair[1].config
     assert command("backup", "create", "--config", config, "--out", tmp_path / "b").returncode == 0
     assert command("kek", "escrow", "list", "--config", config).returncode == 0
-    told = [(each["audit"], each["outcome"]) for each in records(pair[0]) if "uid:" in each.get("identity", "")]
+    told = [
+        (each["audit"], each["outcome"]) for each in records(pair[0]) if "uid:" in each.get("identity", "")
+    ]
     for action in ("backup.export", "kek.escrow-read"):
         assert (action, "intent") in told
         assert (action, "ok") in told

@@ -1,8 +1,8 @@
 """The audit log as a chain: each record durable where the configuration says, its head anchored in the store.
 
-Callers hand their events to one worker. It chains what has come in meanwhile, prints it, writes it to the file
-with one fsync, and to the store with one signed head: concurrent changes share all three. In this order, since
-the head is what an auditor holds the others against: it never vouches for a record that a file lacks.
+Callers hand their events to one worker. It chains what has come in meanwhile, prints it, writes it to the
+file with one fsync, and to the store with one signed head: concurrent changes share all three. In this order,
+since the head is what an auditor holds the others against: it never vouches for a record that a file lacks.
 """
 
 from __future__ import annotations
