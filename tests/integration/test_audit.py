@@ -1,4 +1,4 @@
-"""The audit log of real services on a real store: kept through crashes, checked by command, spoilt and found out."""
+"""The audit log of real services: kept through crashes, checked by command, spoilt and found out."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ async def test_an_opening_lists_itself(writer: Writer) -> None:
 
 
 async def test_trimming_leaves_floors(writer: Writer) -> None:
-    """What is before the first record kept goes, and what is forgotten; only by who knows the present roster."""
+    """What is before the first record kept goes; only whoever knows the present roster may do it."""
     records = writer.records(5)
     await writer.store.commit(replace(writer.batch(records), roster=(b"", ROSTER)))
     other = Writer(writer.store, "c2")

@@ -11,7 +11,7 @@ from progressdb_kms.audit.chained import ChainedAuditLog, Sinks
 from progressdb_kms.audit.reading import files_in, verify_files, verify_store
 from progressdb_kms.domain.audit import AuditKey
 from progressdb_kms.domain.auditreport import AuditReport
-from progressdb_kms.domain.errors import KmsError, StoreUnavailable
+from progressdb_kms.domain.errors import AuditUnavailable, StoreUnavailable
 from progressdb_kms.ports import AuditEvent
 from progressdb_kms.ports.audit import AuditBatch, Committed
 from progressdb_kms.store.memory_audit import MemoryAudit
@@ -58,6 +58,7 @@ class Counts:
 
     def audit_committed(self, records: int, seconds: float) -> None:
         """Count."""
+        assert seconds >= 0
         self.told["committed"] += records
 
     def audit_failed(self, sink: str) -> None:
@@ -120,7 +121,6 @@ async def refused(log: ChainedAuditLog, number: int) -> bool:
     """Say whether an intent is refused."""
     try:
         await log.record([event(number, "intent")])
-    except KmsError as error:
-        assert error.code == "audit_unavailable"
+    except AuditUnavailable:
         return True
     return False

@@ -1,4 +1,4 @@
-"""The chained audit log: nothing acknowledged is lost, nothing is changed unwritten, and it goes on by itself."""
+"""The chained audit log: nothing told is lost, nothing is changed unwritten, and it goes on by itself."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from progressdb_kms.audit import chained
+from progressdb_kms.audit.reading import files_in, verify_store
 from progressdb_kms.domain.audit import AuditKey
 from tests.unit.audit.scene import Scene, event, refused
 
@@ -241,8 +242,6 @@ async def test_a_new_key_goes_on_after_the_old_one(scene: Scene) -> None:
     other = scene.log("i2", key=fresh)
     await other.record([event(2)])
     await other.close()
-    from progressdb_kms.audit.reading import verify_store  # noqa: PLC0415 - for this one test
-
     assert (await verify_store(scene.store, [scene.log()._key.verify, fresh.verify])).intact
     kinds = {problem.kind for problem in (await verify_store(scene.store, [fresh.verify])).problems}
     assert "unknown_key" in kinds
@@ -263,7 +262,7 @@ class TestFiles:
             for number in range(40):
                 await log.record([event(number)])
             await log.close()
-        files = sorted(tmp_path.iterdir())
+        files = files_in([tmp_path])
         assert len(files) > 4
         assert {path.stat().st_mode & 0o777 for path in files} <= {0o640, 0o600}
         report = await scene.verify_directory()
@@ -272,7 +271,7 @@ class TestFiles:
         assert [problem.kind for problem in (await scene.verify_directory()).problems] == ["removed"]
 
     async def test_a_file_that_can_not_be_written_stops_changes(
-        self, scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, scene: Scene, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Also where the store is fine; a part of a line that got there is taken back."""
         log = scene.log()
@@ -300,7 +299,7 @@ class TestFiles:
         """As the kernel tells it, in the middle of a line; with room again it goes on by itself."""
         log = scene.log()
         await log.record([event(1)])
-        (path,) = tmp_path.iterdir()
+        (path,) = files_in([tmp_path])
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 40, hard))
         try:
@@ -313,7 +312,7 @@ class TestFiles:
         assert (report.problems, report.chains[0].open_intents) == ([], 1)
         assert (await scene.verify()).intact
 
-    async def test_the_head_never_vouches_for_what_a_file_lacks(self, scene: Scene, tmp_path: Path) -> None:
+    async def test_the_head_never_vouches_for_what_a_file_lacks(self, scene: Scene) -> None:
         """The file comes first: a crash between the two leaves a record that nobody was told of."""
         log = scene.log()
         await log.record([event(1)])
@@ -327,7 +326,7 @@ class TestFiles:
         """It was never acknowledged."""
         log = scene.log()
         await log.record([event(1)])
-        (path,) = tmp_path.iterdir()
+        (path,) = files_in([tmp_path])
         with path.open("ab") as file:
             file.write(b'{"audit":"key.dis')
         report = await scene.verify_directory()

@@ -16,7 +16,7 @@ SEALED = SealedKek("ab" * 32, b"secret sealed bytes")
 class Refusing(Trail):
     """An audit log that can't be written."""
 
-    async def record(self, events: object) -> None:
+    async def record(self, _events: object) -> None:
         """Refuse."""
         raise AuditUnavailable
 
@@ -59,7 +59,7 @@ async def test_a_failure_is_told() -> None:
     """The store is away: the sealing failed."""
 
     class Away(MemoryEscrowBox):
-        async def save(self, version: int, sealed: object) -> None:
+        async def save(self, _version: int, _sealed: object) -> None:
             raise StoreUnavailable
 
     trail = Trail()

@@ -25,7 +25,7 @@ def test_what_is_written_arrives_in_order() -> None:
 
 
 def test_a_full_pipe_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody reads: writing returns, what has no room is dropped and counted, what is held arrives in the end."""
+    """Nobody reads: writing returns, what has no room is counted, what is held arrives in the end."""
     monkeypatch.setattr(pipes, "_MOST_CHARACTERS", 300_000)
     monkeypatch.setattr(pipes, "_FAREWELL", 0.01)
     reader, writer = os.pipe()

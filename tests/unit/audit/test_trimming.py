@@ -1,4 +1,4 @@
-"""Trimming the stream: only what has been verified, behind signed floors, and never so that a hole is hidden."""
+"""Trimming the stream: only what has been verified, behind signed floors, and no hole is hidden by it."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ async def test_two_trim_at_once(scene: Scene) -> None:
 
     scene.store.anchor = stale  # type: ignore[method-assign,assignment] # as it was read before
     assert await second.run() == 0
-    del scene.store.anchor  # type: ignore[method-assign]
+    del scene.store.anchor
     assert len(scene.store.stream) == 10
 
 

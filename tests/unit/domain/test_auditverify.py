@@ -1,4 +1,4 @@
-"""The audit log's verifier: whatever is done to a log is found, and where; what is in order is left in peace."""
+"""The verifier: whatever is done to an audit log is found, and where; a sound one is left in peace."""
 
 from __future__ import annotations
 
@@ -329,7 +329,7 @@ def test_holds_says_whether_a_beginning_is_in_order() -> None:
     log = whole()
     assert holds(log.lines[:8])
     assert not holds(without(log.lines, 3)[:8])
-    assert not holds(log.lines[:2] + [b"stray"])
+    assert not holds([*log.lines[:2], b"stray"])
     later = Log("c2").open(chains={"c1": 13})
     assert not holds(later.lines)
     assert not holds(later.lines, log.head(9))

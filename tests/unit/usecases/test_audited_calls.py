@@ -1,4 +1,4 @@
-"""Refusals and calls on their way to the audit log: bounded whatever callers do, and nothing is miscounted."""
+"""Refusals and calls on their way to the audit log: bounded whatever callers do, and none is miscounted."""
 
 from __future__ import annotations
 
