@@ -63,9 +63,9 @@ async def audit_page(
 def _just_before(since: str) -> str:
     try:
         at = datetime.fromisoformat(since)
-    except ValueError:
+        milliseconds = int((at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp() * 1000)
+    except (ValueError, OverflowError):
         raise InvalidParameter("since is a time of RFC 3339, 2026-01-31T12:00:00Z say") from None
-    milliseconds = int((at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp() * 1000)
     return f"{milliseconds - 1}-{_LAST_NUMBER}" if milliseconds > 0 else "0-0"
 
 
