@@ -162,11 +162,13 @@ def test_a_kill_loses_nothing_that_was_told(world: World, pair: list[Instance], 
 
         def make(number: int, done: threading.Event) -> None:
             client = one.client("operator")
-            while not done.is_set():
-                try:
+            try:
+                while not done.is_set():
                     acknowledged.append(client.create(f"room:kill:{number}")["key_id"])
-                except (OSError, AssertionError):
-                    return
+            except (OSError, AssertionError):
+                return
+            finally:
+                client.close()
 
         before = len(acknowledged)
         threads = [threading.Thread(target=make, args=(number, stop)) for number in range(4)]
@@ -237,6 +239,19 @@ def test_commands_are_audited(world: World, pair: list[Instance], tmp_path: Path
         assert (action, "ok") in told
     shown = command("audit", "show", "--help")
     assert shown.returncode == 0
+
+
+def test_a_rotation_is_audited(world: World, pair: list[Instance]) -> None:
+    """Its steps are in the stream, in a chain of the job's own that is closed."""
+    done = command("rotate", "--config", pair[1].config)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    steps = [each for each in records(pair[0]) if each["audit"].startswith(("rotation.", "kek.activate"))]
+    told = [(each["audit"], each["outcome"]) for each in steps]
+    assert told[0] == ("rotation.begin", "intent")
+    assert told[-1] == ("rotation.finish", "ok")
+    assert ("kek.activate", "intent") in told
+    chains = {chain["chain"]: chain["closed"] for chain in verify("--config", pair[1].config)["chains"]}
+    assert chains[steps[0]["chain"]]
 
 
 def test_an_end_in_order_closes_the_chain(world: World, pair: list[Instance]) -> None:
