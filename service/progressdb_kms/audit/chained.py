@@ -151,8 +151,9 @@ class ChainedAuditLog:
             return
         intent = any(event.outcome == "intent" for event in events)
         if self.waiting >= MOST_WAITING:
-            self._lost += len(events)
-            self._observer.audit_lost("store", len(events))
+            lost = sum(event.outcome != "intent" for event in events)
+            self._lost += lost
+            self._observer.audit_lost("store", lost)
             if intent:
                 raise AuditUnavailable
             return
@@ -177,10 +178,10 @@ class ChainedAuditLog:
         """Close the chain, if one is open, as far as it can be written now."""
         if self._worker is not None:
             await self._worker
+        if self._queue:
+            await self._once()
         chain = self._chain
         if chain is not None:
-            if self._queue:
-                self._append([self._queue.popleft() for _ in range(len(self._queue))])
             self._pending.append(chain.control(self._control(CLOSE)))
             try:
                 await self._flush(closed=True)
@@ -208,7 +209,8 @@ class ChainedAuditLog:
         try:
             while True:
                 await self._once()
-                if not self._queue or self._failing:
+                # What nobody waits for is left to the next tick while it can't be written.
+                if not any(waiting.done or not self._failing for waiting in self._queue):
                     return
         finally:
             self._worker = None

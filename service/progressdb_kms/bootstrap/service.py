@@ -134,6 +134,7 @@ class Service:
         self.policies = PolicyBook(*load_policy(settings.policy))
         self.tls = TlsHolder(settings.tls, self.events) if settings.tls is not None else None
         self.store_settings = store_settings(settings)
+        auditing.verify_keys(settings)  # a broken key file is told now, before anything is served
         self._started = False
         self._tasks: list[asyncio.Task[None]] = []
 

@@ -125,13 +125,13 @@ async def test_room_is_bounded(scene: Scene, monkeypatch: pytest.MonkeyPatch) ->
     for number in range(9):
         await log.record([event(number)])
     assert await refused(log, 9)
-    assert scene.counts.told["lost store"] == 5
+    assert scene.counts.told["lost store"] == 4
     scene.store.down = False
     await log.tick()
     await log.record([event(10)])
     await log.close()
     (lost,) = [each for each in map(json.loads, scene.lines()) if each["audit"] == "audit.lost"]
-    assert lost["detail"] == "count=5"
+    assert lost["detail"] == "count=4"
     assert (await scene.verify()).intact
 
 
@@ -245,6 +245,23 @@ async def test_a_new_key_goes_on_after_the_old_one(scene: Scene) -> None:
     assert (await verify_store(scene.store, [scene.log()._key.verify, fresh.verify])).intact
     kinds = {problem.kind for problem in (await verify_store(scene.store, [fresh.verify])).problems}
     assert "unknown_key" in kinds
+
+
+async def test_whoever_comes_while_a_commit_fails_is_answered(scene: Scene) -> None:
+    """Nothing ticks in a command: a change that waits behind one that is refused is refused itself."""
+    log = scene.log()
+    await log.open()
+    scene.store.gate, scene.store.down = asyncio.Event(), True
+    first = asyncio.create_task(refused(log, 1))
+    await asyncio.sleep(0.01)
+    second = asyncio.create_task(refused(log, 2))
+    await asyncio.sleep(0.01)
+    scene.store.gate.set()
+    assert await asyncio.wait_for(asyncio.gather(first, second), 30) == [True, True]
+    scene.store.down = False
+    await log.close()
+    report = await scene.verify()
+    assert (report.problems, report.notes, report.records) == ([], [], 6)
 
 
 class TestFiles:
