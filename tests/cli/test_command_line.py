@@ -53,6 +53,11 @@ def test_no_command_shows_the_help(kms: Command) -> None:
         ["encrypt", "--key-id", "k", "--raw", "--json"],
         ["pki", "issue", "--dir", "x"],
         ["decrypt", "--key-id", "k", "--in", "/none"],
+        ["audit", "keygen"],
+        ["audit", "verify"],
+        ["audit", "verify", "/none"],
+        ["audit", "verify", "/dev/null"],
+        ["audit", "verify", "--config", "c", "--partial"],
     ],
 )
 def test_wrong_usage_is_one_line_and_code_2(kms: Command, words: list[str]) -> None:

@@ -237,8 +237,28 @@ def test_commands_are_audited(world: World, pair: list[Instance], tmp_path: Path
     for action in ("backup.export", "kek.escrow-read"):
         assert (action, "intent") in told
         assert (action, "ok") in told
-    shown = command("audit", "show", "--help")
-    assert shown.returncode == 0
+
+
+def test_records_are_shown(world: World, pair: list[Instance]) -> None:
+    """By command, as a table or as they are; the latter can be verified."""
+    one = pair[0]
+    key_id = work(one.client("operator"), "room:shown")
+    cert, key = world.certificate("operator")
+    where = ["--url", f"https://localhost:{one.port}", "--ca", world.ca_file, "--cert", cert, "--key", key]
+    table = command("audit", "show", *where, "--key-id", key_id)
+    assert table.returncode == 0, table.stderr
+    assert [line.split()[1:4] for line in table.stdout.splitlines()[1:]] == [
+        ["key.create", "intent", "dns:operator"],
+        ["key.create", "ok", "dns:operator"],
+        ["key.disable", "intent", "dns:operator"],
+        ["key.disable", "ok", "dns:operator"],
+    ]
+    shown = command("audit", "show", *where, "--thread-id", "room:shown", "--json")
+    lines = world.root / "shown.jsonl"
+    lines.write_text(shown.stdout)
+    report = verify(lines, "--key", world.root / "key" / "audit.yaml", "--partial")
+    assert report["records"] == 4
+    assert {each["kind"] for each in report["found"]} <= {"removed"}  # what others did in between
 
 
 def test_a_rotation_is_audited(world: World, pair: list[Instance]) -> None:
