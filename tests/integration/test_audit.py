@@ -112,13 +112,13 @@ def test_only_auditors_may_read(pair: list[Instance]) -> None:
     for query in ({"cursor": "x"}, {"since": "yesterday"}, {"limit": "0"}, {"colour": "red"}):
         assert_problem(operator.get("/v1/audit", query), 400, "invalid_parameter")
     assert records(one, since="2100-01-01T00:00:00Z") == []
-    assert len(records(one, since="2020-01-01T00:00:00Z", limit="1")) == len(records(one)) > 10
+    assert len(records(one, since="2020-01-01T00:00:00Z", limit="1")) == len(records(one)) >= 2
 
 
 def test_calls_are_counted_or_written_each(pair: list[Instance]) -> None:
     """By setting; never what was encrypted."""
     for instance in pair:
-        client = instance.client("server")
+        client = instance.client("operator")
         key_id = client.create("room:calls")["key_id"]
         for _ in range(5):
             client.encrypt(key_id, b"a secret message")
@@ -127,7 +127,8 @@ def test_calls_are_counted_or_written_each(pair: list[Instance]) -> None:
     one, two = pair
 
     def counted() -> int:
-        told = [each for each in records(one, action="key.encrypt") if "count=" in each.get("detail", "")]
+        mine = records(one, action="key.encrypt", identity="dns:operator")
+        told = [each for each in mine if "count=" in each.get("detail", "")]
         return sum(int(each["detail"].split()[0].removeprefix("count=")) for each in told)
 
     eventually(lambda: counted() == 8, "five and three are counted")
@@ -191,10 +192,11 @@ def test_a_kill_loses_nothing_that_was_told(world: World, pair: list[Instance], 
 
 def test_an_export_can_be_verified_by_its_own(world: World, pair: list[Instance], public: Path) -> None:
     """With the public key and the file alone; and any line taken out is named."""
+    work(pair[0].client("operator"), "room:export")
     export = world.root / "export"
     done = command("audit", "export", "--config", pair[0].config, "--out", export, "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["records"] > 50
+    assert json.loads(done.stdout)["records"] >= 7
     assert export.stat().st_mode & 0o777 == 0o600
     report = verify(export, "--public-key", public)
     assert report["problems"] == 0, report["found"]
@@ -211,6 +213,9 @@ def test_an_export_can_be_verified_by_its_own(world: World, pair: list[Instance]
 
 def test_who_writes_to_the_store_is_found_out(world: World, pair: list[Instance]) -> None:
     """A record taken out of the stream, and a whole chain with its head."""
+    work(pair[0].client("operator"), "room:spoilt")
+    # Each chain's opening names those before it.
+    assert command("kek", "escrow", "list", "--config", pair[0].config).returncode == 0
     entries = world.store.ask("XRANGE", STREAM, "-", "+")
     place, fields = next((key, value) for key, value in entries if b"key.disable" in value[1])
     world.store.ask("XDEL", STREAM, place)
