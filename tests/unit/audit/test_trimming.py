@@ -152,3 +152,36 @@ async def test_where_no_stream_is_old_heads_are_forgotten(scene: Scene) -> None:
     scene.now += trimming.KEPT_WITHOUT_STREAM + 1
     assert await trimmer(scene, 10).forget_old() == 1
     assert (scene.store.heads, Roster.read(scene.store.roster).chains) == ({}, {})
+
+
+async def test_a_chain_is_not_forgotten_while_an_opening_names_it(scene: Scene) -> None:
+    """Trimmed whole, it is known until no record that remains can name it."""
+    long = scene.log("long")
+    await long.open()
+    ended = await filled(scene, "ended", 20)
+    await long.record([event(number) for number in range(5)])
+    await filled(scene, "later", 4, close=False)  # its opening names the chain that has ended
+    for _ in range(2):
+        assert await trimmer(scene, 10).run() > 0
+        assert ended in scene.store.floors
+        assert (await scene.verify()).problems == []
+        await long.record([event(number) for number in range(2)])
+    await long.record([event(number) for number in range(20)])
+    assert await trimmer(scene, 10).run() > 0
+    assert ended not in scene.store.heads
+    assert (await scene.verify()).problems == []
+
+
+async def test_no_later_opening_names_a_chain_that_is_trimmed_whole(scene: Scene) -> None:
+    """The trim has vouched for it: else it could not be forgotten while that opening is there."""
+    long = scene.log("long")
+    await long.open()
+    ended = await filled(scene, "ended", 8)
+    await long.record([event(number) for number in range(30)])
+    assert await trimmer(scene, 10).run() > 0
+    assert ended in scene.store.floors
+    await long.record([event(number) for number in range(6)])
+    await filled(scene, "later", 3, close=False)
+    assert await trimmer(scene, 10).run() == 10
+    assert ended not in scene.store.heads
+    assert (await scene.verify()).problems == []
