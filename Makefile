@@ -42,8 +42,8 @@ run: install system-packages ## serve from .dev over mTLS, show a round trip, un
 	$(KMS) dev --dir .dev --demo $(ARGS)
 
 .PHONY: test
-test: install system-packages ## every test but the wheel's, with branch coverage
-	$(PYTEST) -n $(WORKERS) --dist loadscope -m 'not wheel' --cov --cov-report=term $(ARGS)
+test: install system-packages ## every test but those of wheel, image, chart and cluster, with branch coverage
+	$(PYTEST) -n $(WORKERS) --dist loadscope --no-loadscope-reorder -m 'not wheel and not image and not cluster and not chart' --cov --cov-report=term $(ARGS)
 
 .PHONY: test-fault
 test-fault: export FAULT_RUNS ?= 200
@@ -58,6 +58,21 @@ fuzz: install system-packages ## the property tests with 100 times the examples,
 .PHONY: test-wheel
 test-wheel: install ## build the wheel and test it in fresh environments
 	$(PYTEST) tests/packaging -m wheel $(ARGS)
+
+# Another builder's archive is taken as it is: make test-image IMAGE_ARCHIVE=FILE
+IMAGE_ARCHIVE ?= dist/image.tar
+
+.PHONY: image
+image: ## build the container image into dist/image.tar (docker buildx or buildah)
+	scripts/image --archive dist/image.tar $(ARGS)
+
+dist/image.tar:
+	$(MAKE) image
+
+.PHONY: test-image
+test-image: export IMAGE_ARCHIVE := $(IMAGE_ARCHIVE)
+test-image: install system-packages $(IMAGE_ARCHIVE) ## check the image and serve from it, as root
+	$(PYTEST) tests/image -m image --timeout=0 $(ARGS)
 
 # The quick unit tests on another Python: make test-3.12, make test-3.13
 test-3.%: .venv-3.%/.installed
@@ -112,16 +127,59 @@ check-openapi: install ## are docs/openapi.json and docs/errors.md what the serv
 	$(KMS) openapi | diff -u docs/openapi.json -
 	$(BIN)/python scripts/error_table.py --check
 
+.venv-audit/.installed: requirements/audit.txt .venv/.installed
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv-audit
+	$(BIN)/uv pip install --quiet --python .venv-audit/bin/python --no-deps --require-hashes -r requirements/audit.txt
+	touch $@
+
+# --strict: what could not be looked up is not taken for sound.
+.PHONY: audit-deps
+audit-deps: .venv-audit/.installed ## look the locked packages up among known vulnerabilities (needs the internet)
+	.venv-audit/bin/pip-audit --strict --disable-pip --no-deps -r requirements/image.txt -r requirements/client.txt $(ARGS)
+
+.PHONY: sbom
+sbom: .venv-audit/.installed ## write dist/progressdb-kms.cdx.json (CycloneDX) of what the service is deployed with
+	mkdir -p dist
+	.venv-audit/bin/cyclonedx-py requirements requirements/image.txt --pyproject pyproject.toml --mc-type application \
+		--output-reproducible --validate --output-format JSON --output-file dist/progressdb-kms.cdx.json
+	$(BIN)/python scripts/check_sbom.py dist/progressdb-kms.cdx.json requirements/image.txt
+
 .PHONY: bench
 bench: install system-packages ## measure requests and CPU per request (benchmarks/README.md)
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
-.PHONY: test-cluster test-examples docs
-test-cluster test-examples docs:
+# helm, helm-docs, kubeconform-offline (strict, with local schemas) and kube-score are looked up on PATH; helm alone must be there.
+CHART := deploy/helm/progressdb-kms
+.PHONY: chart chart-docs test-chart
+chart: install ## lint the chart; are its schema and README current, its manifests valid? (needs helm)
+	scripts/check_chart
+
+chart-docs: install ## write the chart's values.schema.json and README.md (needs helm-docs)
+	$(BIN)/python scripts/chart_schema.py
+	helm-docs --chart-search-root $(CHART) --log-level warning
+
+test-chart: install ## the tests of the chart and of the Tiltfile over helm template (needs helm)
+	$(PYTEST) tests/chart tests/tilt -n $(WORKERS) --dist loadscope --no-cov $(ARGS)
+
+.PHONY: manifests
+manifests: install ## write deploy/k8s from the chart (needs helm)
+	$(BIN)/python scripts/manifests.py
+
+.PHONY: check-manifests
+check-manifests: install ## is deploy/k8s what the chart renders, and do its overlays build? (needs helm, kubectl)
+	$(BIN)/python scripts/manifests.py --check
+
+# Needs KUBECONFIG, and in IMAGE the name of an image that the nodes have: docs/kubernetes.md.
+.PHONY: test-cluster
+test-cluster: install ## the chart's life on a real cluster: make test-cluster IMAGE=progressdb-kms:test
+	IMAGE="$(IMAGE)" $(PYTEST) tests/cluster -m cluster --timeout=900 $(ARGS)
+
+.PHONY: test-examples docs
+test-examples docs:
 	@echo "make $@: there is nothing here yet" >&2; exit 1
 
 .PHONY: clean
 clean: ## remove caches, reports and builds (.venv and .dev, which holds keys, stay)
 	rm -rf build dist htmlcov .coverage .coverage.* .hypothesis .schemathesis
-	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .venv-3.*
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .venv-3.* .venv-audit
 	find service tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,7 +1,7 @@
 """Checks that the locks in requirements/ are what pyproject.toml asks for.
 
-Every direct dependency is locked at a version that its range allows, the three locks agree with
-each other, each line is one exact version with hashes, and no index address is in them. What only
+Every direct dependency is locked at a version that its range allows, the locks agree with each other,
+each line is one exact version with hashes, and no index address is in them. What only
 an index can tell (is there something newer?) is left to `scripts/lock`.
 
 Exit status: 0, or 1 with one line on stderr for each disagreement.
@@ -19,6 +19,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
+IMAGE_EXTRAS = ["server", "kubernetes", "s3"]
 PIN = re.compile(r"^(?P<name>[A-Za-z0-9._-]+)(?:\[[^]]*\])?==(?P<version>[^\s;]+)(?P<rest>.*)$")
 
 
@@ -63,18 +64,22 @@ def read_lock(path: Path) -> tuple[dict[str, Version], list[str]]:
 
 def main() -> int:
     """Print what disagrees; return the exit status."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras_of = {
-        "client.txt": [],
-        "server.txt": ["server"],
-        "dev.txt": list(project["optional-dependencies"]),
+    document = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    project = document["project"]
+    wants = {
+        # First: what is tested, which the others have to agree with.
+        "dev.txt": wanted(project, list(project["optional-dependencies"])),
+        "server.txt": wanted(project, ["server"]),
+        "client.txt": wanted(project, []),
+        "image.txt": wanted(project, IMAGE_EXTRAS),
+        "build.txt": [Requirement(line) for line in document["build-system"]["requires"]],
     }
-    problems: list[str] = []
+    problems = read_lock(ROOT / "requirements" / "audit.txt")[1]
     tested: dict[str, Version] = {}
-    for lock in ("dev.txt", "server.txt", "client.txt"):
+    for lock, requirements in wants.items():
         pins, bad_lines = read_lock(ROOT / "requirements" / lock)
         problems += bad_lines
-        for requirement in wanted(project, extras_of[lock]):
+        for requirement in requirements:
             name = canonicalize_name(requirement.name)
             if name not in pins:
                 problems.append(f"{lock}: {name} is in pyproject.toml and not locked")

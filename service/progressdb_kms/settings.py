@@ -64,6 +64,8 @@ class Tls(_Section, frozen=True, kw_only=True):
     cert: Path
     key: Path
     client_ca: Path
+    client_crl: Path | None = None
+    require_current_crl: bool = False
 
 
 class Kek(_Section, frozen=True, kw_only=True):
@@ -94,6 +96,8 @@ class Store(_Section, frozen=True, kw_only=True):
     Attributes:
         url: ``redis://``, ``rediss://``, ``unix://``, ``redis+sentinel://``, ``redis+cluster://``.
         password_file: File with the password, so that it stands in no configuration.
+        id_file: File with the id of the store that the KEK belongs to. With it no service makes a registry in
+            an empty store, and a store with another id is refused.
         durability: ``checked`` asks the store; ``attested`` takes the operator's word instead.
         attested_reason: Why that word can be taken; written to the audit log.
         allow_data_loss: Serve on a store that can lose acknowledged keys. For trying things out only.
@@ -103,6 +107,7 @@ class Store(_Section, frozen=True, kw_only=True):
     url: str
     username: str | None = None
     password_file: Path | None = None
+    id_file: Path | None = None
     tls: StoreTls | None = None
     durability: Literal["checked", "attested"] = "checked"
     attested_reason: str = ""
@@ -196,6 +201,7 @@ class Rotation(_Section, frozen=True, kw_only=True):
         wait: For all live instances, and the job's own KEK file, to show the new version.
         batch: Records in one call of the store.
         max_rate: Records a second, 0 for as many as will go.
+        events: Write Kubernetes Events about rotations and backups, regarding the job's pod.
     """
 
     distribute: Literal["patch", "external"] = "patch"
@@ -203,6 +209,7 @@ class Rotation(_Section, frozen=True, kw_only=True):
     wait: SecondsOrZero = 120
     batch: Annotated[int, Meta(ge=1, le=1000)] = 128
     max_rate: Annotated[int, Meta(ge=0, le=10_000_000)] = 0
+    events: bool = False
 
 
 class Escrow(_Section, frozen=True, kw_only=True):

@@ -58,6 +58,8 @@ def test_no_command_shows_the_help(kms: Command) -> None:
         ["audit", "verify", "/none"],
         ["audit", "verify", "/dev/null"],
         ["audit", "verify", "--config", "c", "--partial"],
+        ["rotate", "--config", "c", "--indexed"],
+        ["rotate", "--config", "c", "--indexed", "--worker"],
     ],
 )
 def test_wrong_usage_is_one_line_and_code_2(kms: Command, words: list[str]) -> None:
@@ -157,6 +159,14 @@ def test_without_the_extra_one_line_says_what_to_install(words: list[str], packa
     assert (done.returncode, done.stdout) == (2, "")
     assert "progressdb-kms[server]" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_missing_extra_is_named() -> None:
+    """Where the package of another extra is missing, that extra is what to install."""
+    words = ["backup", "create", "--config", "c", "--s3", "s3://bucket/x"]
+    done = execute(*words, code="import sys; sys.modules['boto3'] = None")
+    assert done.returncode == 2
+    assert "progressdb-kms[s3]" in done.stderr
 
 
 def test_a_missing_module_of_our_own_is_a_bug() -> None:

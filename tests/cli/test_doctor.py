@@ -358,6 +358,18 @@ def test_kek_version_is_missing(site: Site, used_store: Path) -> None:
     site.find("kek registry", "fail", "KEK version 1 (active) is not loaded")
 
 
+def test_kek_belongs_to_a_store(site: Site, used_store: Path, store: Path) -> None:
+    """An empty store, another store and an id that can't be read are found where store.id_file is set."""
+    site.set("store", id_file="store-id")
+    site.find("kek registry", "fail", "can't read store.id_file")
+    (site.directory / "store-id").write_text("not an id\n")
+    site.find("kek registry", "fail", "32 hex digits")
+    (site.directory / "store-id").write_text("ab" * 16 + "\n")
+    site.find("kek registry", "fail", f"belongs to store {'ab' * 16} (store.id_file)")
+    site.set("store", url=f"unix://{store}")
+    site.find("kek registry", "fail", "the store is empty, but this KEK belongs to store")
+
+
 def audited(site: Site, **audit: object) -> Path:
     """Give the site an audit key; return its file."""
     key = site.directory / "audit" / "audit.yaml"

@@ -11,7 +11,8 @@ import http.client
 import json
 import socket
 import ssl
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -24,6 +25,8 @@ MSGPACK = "application/msgpack"
 PROBLEM = "application/problem+json"
 TIMEOUT = 20.0
 """Seconds after which a silent peer fails a test. A net for hung tests, never something that is measured."""
+PATIENCE = 60.0
+"""Seconds for which `batch` asks again."""
 
 Connect = Callable[[], socket.socket]
 
@@ -157,6 +160,23 @@ class Client:
         """POST `value` as msgpack and ask for msgpack."""
         named = {"Content-Type": MSGPACK, "Accept": MSGPACK} | _names(headers)
         return self.request("POST", path, msgspec.msgpack.encode(value), named)
+
+    def batch(self, path: str, items: Sequence[Mapping[str, object]]) -> list[dict[str, Any]]:
+        """Return the result of each item, as a client would get it that asks again for what may be retried.
+
+        For tests whose subject is something else: a busy store's 503 for an item is no failure of theirs.
+        Creates need an idempotency key each.
+        """
+        results: dict[int, dict[str, Any]] = {}
+        left = list(range(len(items)))
+        end = time.monotonic() + PATIENCE
+        while left:
+            answers = self.post(path, {"items": [items[number] for number in left]}).ok()["results"]
+            results |= dict(zip(left, answers, strict=True))
+            left = [number for number in left if results[number].get("error", {}).get("retryable")]
+            assert not left or time.monotonic() < end, results[left[0]]
+            time.sleep(0.2 if left else 0)
+        return [results[number] for number in range(len(items))]
 
     # The verbs of the contract, for tests whose subject is something else.
 

@@ -11,6 +11,7 @@ import yaml
 from progressdb_kms.api.routes import ROUTES
 from progressdb_kms.cli.app import app
 from progressdb_kms.domain.policy import Permission, parse_policy
+from progressdb_kms.provision.config import parse_config
 from progressdb_kms.settings import Settings, parse_settings
 
 ROOT = Path(__file__).parents[2]
@@ -72,6 +73,7 @@ def test_configuration_of_the_readme_is_valid():
         "docs/audit.md",
         "docs/configuration.md",
         "docs/operations.md",
+        "docs/provisioning.md",
         "docs/rotation.md",
         "CONTRIBUTING.md",
     ],
@@ -79,7 +81,7 @@ def test_configuration_of_the_readme_is_valid():
 def test_commands_in_the_documents_exist(name):
     """Every `progressdb-kms ...` that a document shows is a command with those options."""
     text = (ROOT / name).read_text()
-    for line in re.findall(r"progressdb-kms ([a-z][^`\n|>#]*)", text):
+    for line in re.findall(r"(?<!helm install )(?<!helm upgrade )progressdb-kms ([a-z][^`\n|>#]*)", text):
         words = line.split()
         command: click.Command | None = app
         context = click.Context(app)
@@ -88,6 +90,17 @@ def test_commands_in_the_documents_exist(name):
         assert command is not None, line
         options = {option for parameter in command.params for option in parameter.opts}
         assert not [word for word in words if word.startswith("--") and word not in options], line
+
+
+def test_provisioning_file_of_the_document_is_valid():
+    """The example in docs/provisioning.md is taken as it stands."""
+    text = (DOCS / "provisioning.md").read_text()
+    document = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    config = parse_config(document, DOCS)
+    sections = {field.name for field in msgspec.structs.fields(type(config))}
+    assert sections == set(document)
+    fields = {field.encode_name for field in msgspec.structs.fields(type(config.certificates))}
+    assert fields == set(document["certificates"])
 
 
 def test_links_lead_somewhere():

@@ -65,6 +65,13 @@ class Machine:
         """All that stands in the store's append-only files."""
         return b"".join(path.read_bytes() for path in sorted((self.folder / "appendonlydir").iterdir()))
 
+    def belongs_to(self, store_id: str) -> None:
+        """Write down which store the KEK belongs to."""
+        (self.layout.directory / "store-id").write_text(store_id)
+        document = yaml.safe_load(self.config.read_text())
+        document["store"]["id_file"] = "store-id"
+        self.config.write_text(yaml.safe_dump(document))
+
     def start_store(self) -> None:
         """Start the store."""
         command = ["redis-server", "--port", "0", "--unixsocket", str(self.store_socket), *GOOD]
@@ -73,6 +80,16 @@ class Machine:
             [*command, "--dir", str(self.folder), "--logfile", str(self.folder / "store.log")]
         )
         wait_until(self.store_socket.exists)
+
+    def pause(self) -> None:
+        """Freeze the store: connections stay, answers stop."""
+        assert self._store
+        self._store.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let the store go on."""
+        assert self._store
+        self._store.send_signal(signal.SIGCONT)
 
     def ask(self, *command: str | int | bytes) -> object:
         """Run a command of the store."""

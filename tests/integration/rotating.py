@@ -110,18 +110,19 @@ Sealed = list[tuple[str, bytes, bytes]]
 
 def make_keys(client: Client, count: int) -> Sealed:
     """Make keys, and a message under each: key id, message, ciphertext."""
-    items = [{"thread_id": f"t-{secrets.token_hex(8)}"} for _ in range(count)]
-    ids = [item["key_id"] for item in client.post("/create_dek_batch", {"items": items}).ok()["results"]]
+    names = [f"t-{secrets.token_hex(8)}" for _ in range(count)]
+    items = [{"thread_id": name, "idempotency_key": name} for name in names]
+    ids = [item["key_id"] for item in client.batch("/create_dek_batch", items)]
     messages = [secrets.token_bytes(40) for _ in ids]
     body = [{"key_id": k, "plaintext": b64(m)} for k, m in zip(ids, messages, strict=True)]
-    sealed = client.post("/encrypt_batch", {"items": body}).ok()["results"]
+    sealed = client.batch("/encrypt_batch", body)
     return [(k, m, unb64(s["ciphertext"])) for k, m, s in zip(ids, messages, sealed, strict=True)]
 
 
 def assert_readable(client: Client, sealed: Sealed) -> None:
     """Assert that each ciphertext decrypts to its message."""
     items = [{"key_id": key_id, "ciphertext": b64(ciphertext)} for key_id, _, ciphertext in sealed]
-    results = client.post("/decrypt_batch", {"items": items}).ok()["results"]
+    results = client.batch("/decrypt_batch", items)
     assert [unb64(result["plaintext"]) for result in results] == [message for _, message, _ in sealed]
 
 

@@ -100,7 +100,7 @@ def test_every_acknowledged_key_and_message_survives_a_kill_of_everything(world:
     keys = [key_id for writer in writers for key_id in writer.keys]
     assert messages
     items = [{"key_id": key_id, "ciphertext": b64(sealed)} for key_id, _, sealed in messages]
-    results = client.post("/decrypt_batch", {"items": items}).ok()["results"]
+    results = client.batch("/decrypt_batch", items)
     assert [unb64(result["plaintext"]) for result in results] == [plain for _, plain, _ in messages]
-    sealed = client.post("/encrypt_batch", {"items": [{"key_id": key, "plaintext": ""} for key in keys]}).ok()
-    assert [key for key, result in zip(keys, sealed["results"], strict=True) if "error" in result] == []
+    sealed = client.batch("/encrypt_batch", [{"key_id": key, "plaintext": ""} for key in keys])
+    assert [key for key, result in zip(keys, sealed, strict=True) if "error" in result] == []

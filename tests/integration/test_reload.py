@@ -99,7 +99,7 @@ def test_a_new_server_certificate_is_shown_to_new_connections(world: World, serv
 
 
 def test_a_new_client_ca_decides_about_new_connections(world: World, service: Instance) -> None:
-    """Clients of the new CA get in, those of the old one are refused and counted; what is open goes on."""
+    """Clients of the new CA get in, those of the old one are refused and counted, and cut off."""
     other = Ca("the next CA")
 
     def gets_in(ca: Ca) -> bool:
@@ -111,15 +111,18 @@ def test_a_new_client_ca_decides_about_new_connections(world: World, service: In
         finally:
             client.close()
 
-    with same_connection(service.client("server")) as client:
-        assert (gets_in(world.ca), gets_in(other)) == (True, False)
-        write_private(world.client_ca_file, other.pem)
-        eventually(lambda: gets_in(other))
-        refusals = service.metric("kms_tls_handshake_refusals_total")
-        assert not gets_in(world.ca)
-        assert service.metric("kms_tls_handshake_refusals_total") == refusals + 1
-        assert service.logged("handshake_refused")[-1]["peer"].startswith("127.0.0.1:")
-        client.get("/healthz").ok()
-        write_private(world.client_ca_file, other.pem + world.ca.pem)
-        eventually(lambda: gets_in(world.ca))
-        assert gets_in(other)
+    client = service.client("server")
+    client.get("/healthz").ok()
+    before = client._connection.sock
+    assert (gets_in(world.ca), gets_in(other)) == (True, False)
+    write_private(world.client_ca_file, other.pem)
+    eventually(lambda: gets_in(other))
+    refusals = service.metric("kms_tls_handshake_refusals_total")
+    assert not gets_in(world.ca)
+    assert service.metric("kms_tls_handshake_refusals_total") == refusals + 1
+    assert service.logged("handshake_refused")[-1]["peer"].startswith("127.0.0.1:")
+    write_private(world.client_ca_file, other.pem + world.ca.pem)
+    eventually(lambda: gets_in(world.ca))
+    assert gets_in(other)
+    client.get("/healthz").ok()
+    assert client._connection.sock is not before

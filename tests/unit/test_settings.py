@@ -11,6 +11,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from progressdb_kms.bootstrap import expected_store
 from progressdb_kms.domain.errors import SettingsInvalid
 from progressdb_kms.settings import Settings, Store, load_settings, parse_settings, redact_url
 
@@ -98,6 +99,21 @@ def test_mistakes(changed: dict[str, Any], says: str) -> None:
     """Each is refused at start, and the message says where."""
     with pytest.raises(SettingsInvalid, match=says):
         parse_settings(document(**changed), BASE)
+
+
+def test_the_id_of_the_store(tmp_path: Path) -> None:
+    """It is read from its file; a file that is missing or holds something else is refused."""
+    path = tmp_path / "store-id"
+    settings = parse_settings(document(store={"url": "redis://x", "id_file": "store-id"}), tmp_path)
+    with pytest.raises(SettingsInvalid, match=r"can't read store\.id_file"):
+        expected_store(settings)
+    for bad in (b"", b"AB" * 16, b"ab" * 15, b"\xff" * 32, b"ab" * 16 + b" cd"):
+        path.write_bytes(bad)
+        with pytest.raises(SettingsInvalid, match="32 hex digits"):
+            expected_store(settings)
+    path.write_text("ab" * 16 + "\n")
+    assert expected_store(settings) == "ab" * 16
+    assert expected_store(parse_settings(document(), tmp_path)) == ""
 
 
 @pytest.mark.parametrize("bad", [None, [], "text", 7])

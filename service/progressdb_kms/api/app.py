@@ -6,6 +6,7 @@ import asyncio
 import re
 import secrets
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qs
@@ -140,8 +141,9 @@ def _view(api: Api, hot: Hot, route: Route) -> Callable[..., Awaitable[Response]
                 query=_query(),
                 idempotency_keys=request.headers.getlist("Idempotency-Key"),
             )
-            async with _deadline(api.limits.request_timeout, errors.DeadlineExceeded):
-                return accept, await route.handler(call)
+            with session.request() if route.permission is not None else nullcontext():
+                async with _deadline(api.limits.request_timeout, errors.DeadlineExceeded):
+                    return accept, await route.handler(call)
 
         return await _answered(api, route.path, respond)
 

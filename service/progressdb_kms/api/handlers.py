@@ -93,6 +93,7 @@ async def create_dek_batch(call: Call) -> bytes:
         item if isinstance(item, KmsError) else Wanted(item.thread_id, item.once)
         for item in _CREATE_BATCH.read(call.content_type, call.body, call.kms.bounds.batch_items)
     ]
+    call.session.charge(len(wanted) - 1)
     results = await lifecycle.create_deks(call.kms, call.session, wanted, call.request_id)
     for result in results:
         if isinstance(result, PermissionDenied):

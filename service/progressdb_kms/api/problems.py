@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Final
 
 import msgspec
@@ -10,7 +11,6 @@ from progressdb_kms.domain import errors
 from progressdb_kms.domain.errors import KmsError, OperatorError
 
 PROBLEM_JSON: Final = "application/problem+json"
-RETRY_AFTER_SECONDS: Final = 1
 
 STATUS: Final[dict[str, int]] = {
     "malformed_body": 400,
@@ -95,7 +95,8 @@ def problem_of(error: KmsError, request_id: str) -> tuple[int, list[tuple[str, s
     )
     headers: list[tuple[str, str]] = [("Content-Type", PROBLEM_JSON)]
     if status in {429, 503}:
-        headers.append(("Retry-After", str(RETRY_AFTER_SECONDS)))
+        seconds = math.ceil(error.retry_after) if isinstance(error, errors.TooManyRequests) else 1
+        headers.append(("Retry-After", str(max(1, seconds))))
     if error.code in CLOSES:
         headers.append(("Connection", "close"))
     return status, headers, msgspec.json.encode(document)

@@ -6,6 +6,8 @@ instance.
 
 from progressdb_kms.bootstrap.audit import export_audit, read_anchor, verify_audit, verify_keys
 from progressdb_kms.bootstrap.parts import (
+    STORE_ID,
+    expected_store,
     exported_escrow,
     kek_source,
     load_policy,
@@ -18,8 +20,10 @@ from progressdb_kms.bootstrap.service import Addresses, Service, openapi, serve
 from progressdb_kms.bootstrap.storing import store_settings
 
 __all__ = [
+    "STORE_ID",
     "Addresses",
     "Service",
+    "expected_store",
     "export_audit",
     "exported_escrow",
     "kek_source",

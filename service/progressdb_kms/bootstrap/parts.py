@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import re
 import secrets
 import sys
 import time
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING, Final
 
 import structlog
 
@@ -22,6 +23,7 @@ from progressdb_kms.domain.errors import (
     PolicyInvalid,
     RegistryLost,
     RotationRefused,
+    SettingsInvalid,
     StoreNotDurable,
     StoreUnavailable,
 )
@@ -39,7 +41,7 @@ from progressdb_kms.store.escrow_entries import decode_entry
 from progressdb_kms.store.redis import RedisStore, open_store
 from progressdb_kms.usecases.backup import inspect_export
 from progressdb_kms.usecases.crew import Parts, Progress
-from progressdb_kms.usecases.keks import KekBook
+from progressdb_kms.usecases.keks import KekBook, empty_store, require_store
 from progressdb_kms.usecases.vault import Vault
 from progressdb_kms.yamlfile import read_yaml
 
@@ -52,6 +54,29 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+STORE_ID: Final = re.compile(r"[0-9a-f]{32}")
+"""The form of a store's id."""
+
+
+def expected_store(settings: Settings) -> str:
+    """Return the id of the store that the KEK belongs to, an empty string where none is configured.
+
+    Raises:
+        SettingsInvalid: ``store.id_file`` can't be read, or holds something else.
+    """
+    path = settings.store.id_file
+    if path is None:
+        return ""
+    try:
+        text = path.read_text("ascii").strip()
+    except OSError as error:
+        raise SettingsInvalid(f"can't read store.id_file {path}: {error.strerror}") from error
+    except UnicodeDecodeError:
+        text = ""
+    if not STORE_ID.fullmatch(text):
+        raise SettingsInvalid(f"store.id_file {path} does not hold a store's id, which is 32 hex digits")
+    return text
+
 
 def kek_source(settings: Settings) -> FileKekSource:
     """Return the configured KEK source.
@@ -62,7 +87,9 @@ def kek_source(settings: Settings) -> FileKekSource:
     return FileKekSource(settings.kek.path)
 
 
-def make_vault(store: RedisStore, source: KekSource, audit: AuditLog, owner: str) -> Vault:
+def make_vault(
+    store: RedisStore, source: KekSource, audit: AuditLog, owner: str, store_id: str = ""
+) -> Vault:
     """Return what backups and destruction work with."""
     return Vault(
         keys=store.keys,
@@ -75,6 +102,7 @@ def make_vault(store: RedisStore, source: KekSource, audit: AuditLog, owner: str
         audit=audit,
         owner=owner,
         release=__version__,
+        store_id=store_id,
     )
 
 
@@ -88,6 +116,7 @@ async def open_vault(settings: Settings, command: str) -> AsyncIterator[tuple[Va
 
     Raises:
         OperatorError: A file that it needs can't be used.
+        KekMismatch: It is not the store that the KEKs belong to.
         StoreUnavailable: The store does not answer.
         StoreNotDurable: It could lose what is written to it.
     """
@@ -95,6 +124,7 @@ async def open_vault(settings: Settings, command: str) -> AsyncIterator[tuple[Va
     for line in harden():
         log.debug("hardening", detail=line)
     source = kek_source(settings)
+    store_id = expected_store(settings)
     owner = f"{operator(command)}, {secrets.token_hex(4)}"
     store = await open_store(store_settings(settings))
     try:
@@ -103,9 +133,13 @@ async def open_vault(settings: Settings, command: str) -> AsyncIterator[tuple[Va
             raise StoreUnavailable("the store does not answer: check store.url, and that it runs")
         if status.problems:
             raise StoreNotDurable("; ".join(status.problems))
-        keks = KekBook(source=source, registry=store.registry, observer=Metrics())
+        # A store without a readable registry is the command's own matter: an import may mend it.
+        with suppress(RegistryLost):
+            if (view := await store.registry.load()) is not None:
+                require_store(view, store_id)
+        keks = KekBook(source=source, registry=store.registry, observer=Metrics(), store_id=store_id)
         async with command_audit(settings, store, owner, Metrics(), sys.stderr) as audit:
-            yield make_vault(store, source, audit, owner), keks
+            yield make_vault(store, source, audit, owner, store_id), keks
     finally:
         await store.close()
 
@@ -130,7 +164,8 @@ async def rotation_parts(settings: Settings, progress: Progress) -> AsyncIterato
         progress: Who is told how the run gets on.
 
     Raises:
-        OperatorError: A file that it needs can't be used, or the store holds no registry yet.
+        OperatorError: A file that it needs can't be used, or the store holds no registry yet, or it is not
+            the store that the KEKs belong to.
         StoreUnavailable: The store does not answer.
     """
     configure_logs(settings.log.level, settings.log.format)
@@ -139,11 +174,24 @@ async def rotation_parts(settings: Settings, progress: Progress) -> AsyncIterato
     metrics = Metrics()
     watch = Watch([settings.kek.path], lambda: _reload(source, keks))
     source = kek_source(settings)
+    store_id = expected_store(settings)
     store = await open_store(store_settings(settings), observer=metrics)
-    keks = KekBook(source=source, registry=store.registry, observer=metrics, look_again=source.reload)
+    keks = KekBook(
+        source=source,
+        registry=store.registry,
+        observer=metrics,
+        look_again=source.reload,
+        store_id=store_id,
+    )
     try:
-        if await store.registry.load() is None:
-            raise RotationRefused("the store holds no KEK registry yet: start the service on it first")
+        view = await store.registry.load()
+        if view is None:
+            raise RotationRefused(
+                empty_store(store_id)
+                if store_id
+                else "the store holds no KEK registry yet: start the service on it first"
+            )
+        require_store(view, store_id)
         await keks.refresh()
         recipients = () if settings.escrow == "none" else load_recipients(settings.escrow.recipients)
         watching = asyncio.create_task(watch.run())

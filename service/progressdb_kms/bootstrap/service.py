@@ -20,7 +20,7 @@ from progressdb_kms.api.openapi import openapi_document
 from progressdb_kms.audit.chained import ChainedAuditLog
 from progressdb_kms.audit.pipes import PatientStream
 from progressdb_kms.bootstrap import audit as auditing
-from progressdb_kms.bootstrap.parts import kek_source, load_policy, make_vault
+from progressdb_kms.bootstrap.parts import expected_store, kek_source, load_policy, make_vault
 from progressdb_kms.bootstrap.storing import store_settings
 from progressdb_kms.domain.errors import (
     KekFileInvalid,
@@ -128,12 +128,15 @@ class Service:
         ]
         if settings.tls is not None:
             paths = [settings.tls.cert, settings.tls.key, settings.tls.client_ca]
+            if settings.tls.client_crl is not None:
+                paths.append(settings.tls.client_crl)
             self._watches.append(Watch(paths, self._reload_tls))
         # Watches are made before the files are read, so that a change in between is not missed.
         self.source = kek_source(settings)
         self.policies = PolicyBook(*load_policy(settings.policy))
         self.tls = TlsHolder(settings.tls, self.events) if settings.tls is not None else None
         self.store_settings = store_settings(settings)
+        self.store_id = expected_store(settings)
         auditing.verify_keys(settings)  # a broken key file is told now, before anything is served
         self._started = False
         self._tasks: list[asyncio.Task[None]] = []
@@ -151,6 +154,7 @@ class Service:
             registry=self.store.registry,
             observer=self.metrics,
             look_again=self.source.reload,
+            store_id=self.store_id,
         )
         cache = DekCache(
             max_keys=settings.cache.max_keys,
@@ -186,7 +190,7 @@ class Service:
             heartbeats=self.store.heartbeats,
             release=__version__,
             instance=instance,
-            vault=make_vault(self.store, self.source, kms.audit, f"service {instance}"),
+            vault=make_vault(self.store, self.source, kms.audit, f"service {instance}", self.store_id),
         )
         self.rotations = RotationWatch(self.keks, self.store.keys, self.store.rotation_ledger)
         self.server = Server(
@@ -330,6 +334,14 @@ class Service:
             )
             expiry.labels("server").set_function(lambda: tls.facts.not_after)
             expiry.labels("client_ca").set_function(lambda: min(ca.not_after for ca in tls.facts.client_cas))
+            if self.settings.tls is not None and self.settings.tls.client_crl is not None:
+                next_update = expiry.labels("client_crl")
+                next_update.set_function(lambda: min(crl.next_update for crl in tls.facts.crls))
+                metrics.gauge(
+                    "kms_revoked_certificates",
+                    "Client certificates that the loaded revocation lists name.",
+                    lambda: sum(crl.revoked for crl in tls.facts.crls),
+                )
 
     async def _reload_kek(self) -> None:
         try:
@@ -352,7 +364,7 @@ class Service:
 
     async def _reload_tls(self) -> None:
         if self.tls is not None:
-            self.tls.reload()
+            await self.tls.reload()
 
 
 async def serve(settings: Settings, *, on_ready: Callable[[Addresses], None] | None = None) -> int:

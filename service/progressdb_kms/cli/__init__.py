@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import sys
+from typing import Final
+
+_EXTRAS: Final = {"boto3": "s3", "botocore": "s3", "kubernetes": "kubernetes"}
+"""Packages that only one extra brings."""
 
 
 def main() -> None:
@@ -25,7 +29,9 @@ def missing(error: ModuleNotFoundError) -> int:
     """
     if error.name is None or error.name.partition(".")[0] == "progressdb_kms":
         raise error
+    package = error.name.partition(".")[0]
+    extra = _EXTRAS.get(package, "server")
     sys.stderr.write(
-        f"progressdb-kms: this command needs the package {error.name}: pip install 'progressdb-kms[server]'\n"
+        f"progressdb-kms: this command needs the package {package}: pip install 'progressdb-kms[{extra}]'\n"
     )
     return 2

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from progressdb_kms.cli.backup_create import create, fetch
 from progressdb_kms.cli.exportfiles import chunks_of, new_export
 from progressdb_kms.cli.operator import INCOMPLETE, config_option, export_file, on_store, on_vault
-from progressdb_kms.cli.output import json_option, print_fields, print_json, print_table
+from progressdb_kms.cli.output import json_option, print_json, print_table, show_fields
 from progressdb_kms.domain.errors import BackupInvalid
 from progressdb_kms.usecases import backup as usecase
 from progressdb_kms.usecases import snapshots as usecase_snapshots
-from progressdb_kms.usecases.destruction import sweep
 from progressdb_kms.usecases.importing import import_export
 from progressdb_kms.usecases.vault import named
 
@@ -38,19 +38,8 @@ def backup() -> None:
     """
 
 
-@backup.command()
-@config_option
-@_out
-@json_option
-def create(config: Path, out: Path, *, as_json: bool) -> int:
-    """Export all live keys to one file, while traffic goes on. First, keys that are due are destroyed."""
-
-    async def action(vault: Vault, _: KekBook) -> tuple[ExportNote, Counts]:
-        with new_export(out) as sink:
-            await sweep(vault)
-            return await usecase.export_live(vault, sink)
-
-    return _exported(out, *on_store(config, "backup create", action), as_json=as_json)
+backup.add_command(create)
+backup.add_command(fetch)
 
 
 @backup.command()
@@ -78,7 +67,7 @@ def _exported(out: Path, note: ExportNote, counts: Counts, *, as_json: bool) -> 
         "damaged": list(counts.damaged),
         "sha256": note.sha256,
     }
-    _show(fields, as_json=as_json)
+    show_fields(fields, as_json=as_json)
     if counts.damaged:
         click.echo(f"{len(counts.damaged)} records are damaged: {named(counts.damaged)}", err=True)
         return INCOMPLETE
@@ -150,7 +139,7 @@ def show(name: str, config: Path, *, as_json: bool) -> None:
             "quarantined": quarantined,
         }
 
-    _show(on_vault(config, "backup show", action), as_json=as_json)
+    show_fields(on_vault(config, "backup show", action), as_json=as_json)
 
 
 @backup.command()
@@ -185,7 +174,7 @@ def verify(what: str, config: Path | None, sample: int | None, *, as_json: bool)
         return await usecase_snapshots.verify_snapshot(vault, what)
 
     report = on_store(config, "backup verify", action)
-    _show({"rotation_id": what, "sound": report.sound, **asdict(report)}, as_json=as_json)
+    show_fields({"rotation_id": what, "sound": report.sound, **asdict(report)}, as_json=as_json)
     return 0 if report.sound else 1
 
 
@@ -206,7 +195,7 @@ def _verified(export: Inspected, bad: list[str] | None, *, as_json: bool) -> int
     }
     if bad is not None:
         fields["bad"] = bad
-    _show(fields, as_json=as_json)
+    show_fields(fields, as_json=as_json)
     return INCOMPLETE if bad or counts.damaged else 0
 
 
@@ -231,7 +220,7 @@ def import_file(file: Path, config: Path, *, merge: bool, accept_resurrection: b
     report = on_vault(config, "backup import", action)
     fields: dict[str, Any] = {**dict(report.counts), "destroyed_here": report.destroyed_here}
     fields |= {"bad": report.bad, "collisions": report.collisions}
-    _show(fields, as_json=as_json)
+    show_fields(fields, as_json=as_json)
     return INCOMPLETE if report.bad or report.collisions else 0
 
 
@@ -253,18 +242,3 @@ def purge(rotation_id: str | None, days: int | None, config: Path, *, force: boo
 
     for purged in on_vault(config, "backup purge", action):
         click.echo(f"{purged}: purged")
-
-
-def _show(fields: dict[str, Any], *, as_json: bool) -> None:
-    if as_json:
-        print_json(fields)
-    else:
-        print_fields({name: _text(value) for name, value in fields.items()})
-
-
-def _text(value: object) -> object:
-    if isinstance(value, list | tuple):
-        return ", ".join(map(str, value))
-    if isinstance(value, dict):
-        return ", ".join(f"{name}: {item}" for name, item in value.items())
-    return value

@@ -12,7 +12,7 @@ from typing import Final
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from progressdb_kms.bootstrap import kek_source, load_policy, store_settings
+from progressdb_kms.bootstrap import expected_store, kek_source, load_policy, store_settings
 from progressdb_kms.cli.auditchecks import check_anchor, check_audit
 from progressdb_kms.cli.check import Check, Result
 from progressdb_kms.domain.errors import (
@@ -29,8 +29,8 @@ from progressdb_kms.ports import KekSource, StoreStatus
 from progressdb_kms.settings import Settings, Tls, load_settings, redact_url
 from progressdb_kms.store.redis import RedisStore, open_store
 from progressdb_kms.transport.listeners import MAX_UNIX_PATH, listen_tcp
-from progressdb_kms.transport.tls import build_context
-from progressdb_kms.usecases.keks import KekBook
+from progressdb_kms.transport.tls import TlsFacts, build_context
+from progressdb_kms.usecases.keks import KekBook, empty_store
 
 _EXPIRES_SOON: Final = 14 * 86400
 _WILDCARDS: Final = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104 - looked up, not listened on
@@ -75,9 +75,9 @@ def _tls(settings: Settings) -> Iterator[Check]:
         yield Check("tls", Result.OK, "not configured: the API is served on the Unix socket only")
         return
     try:
-        _, facts = build_context(tls)
+        _, facts, _ = build_context(tls)
     except TlsInvalid as error:
-        yield Check("tls", Result.FAIL, error.detail, "mend the file; the three of tls belong together")
+        yield Check("tls", Result.FAIL, error.detail, "mend the file; those of tls belong together")
         return
     yield Check("tls", Result.OK, "certificate, key and client CA can be read, belong together and are valid")
     yield _expiry("server certificate", tls.cert, facts.not_after)
@@ -99,6 +99,29 @@ def _tls(settings: Settings) -> Iterator[Check]:
         )
     for ca in facts.client_cas:
         yield _expiry(f"client CA {ca.subject}", tls.client_ca, ca.not_after)
+    yield from _revocation(tls, facts)
+
+
+def _revocation(tls: Tls, facts: TlsFacts) -> Iterator[Check]:
+    if tls.client_crl is None:
+        return
+    for crl in facts.crls:
+        yield _current(f"revocation list of {crl.issuer}", tls.client_crl, crl.next_update)
+    listed = {crl.issuer for crl in facts.crls}
+    for ca in facts.client_cas:
+        if ca.subject not in listed:
+            yield Check(
+                f"revocation list of {ca.subject}",
+                Result.WARN,
+                f"{tls.client_crl} has none, so that none of its certificates can be revoked",
+                "add that CA's list to the file",
+            )
+
+
+def _current(check: str, path: Path, next_update: float) -> Check:
+    if next_update <= time.time():
+        return Check(check, Result.WARN, f"in {path}, past its next update", "fetch the CA's present list")
+    return Check(check, Result.OK, f"{path} is current")
 
 
 def _has_server_usage(tls: Tls) -> bool:
@@ -204,7 +227,7 @@ async def _store(settings: Settings, source: KekSource | None) -> AsyncIterator[
         for check in _health(settings, status):
             yield check
         if status.reachable and source is not None:
-            yield await _registry(store, source)
+            yield await _registry(settings, store, source)
         if status.reachable and settings.audit.key_file is not None:
             async for check in check_anchor(settings, store):
                 yield check
@@ -231,12 +254,18 @@ def _health(settings: Settings, status: StoreStatus) -> Iterator[Check]:
         )
 
 
-async def _registry(store: RedisStore, source: KekSource) -> Check:
+async def _registry(settings: Settings, store: RedisStore, source: KekSource) -> Check:
     """Compare the loaded KEKs with those that the store's keys are wrapped under."""
     name = "kek registry"
-    book = KekBook(source=source, registry=store.registry, observer=Metrics())
+    try:
+        store_id = expected_store(settings)
+    except SettingsInvalid as error:
+        return Check(name, Result.FAIL, error.detail, "write the store's id there, or leave it out")
+    book = KekBook(source=source, registry=store.registry, observer=Metrics(), store_id=store_id)
     try:
         if await store.registry.load() is None:
+            if store_id:
+                return Check(name, Result.FAIL, empty_store(store_id), "bring the store's data back")
             return Check(
                 name, Result.OK, f"the store is empty; version {max(source.versions())} will be its first"
             )

@@ -44,7 +44,9 @@ class Connection:
 def connection_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the connection options, and a ``connection`` made of them."""
 
-    @click.option("--url", help="https://host:port or unix:///path; else $PROGRESSDB_KMS_ENDPOINT.")
+    @click.option(
+        "--url", "--endpoint", "url", help="https://host:port or unix:///path; else $PROGRESSDB_KMS_ENDPOINT."
+    )
     @click.option("--ca", type=_file, help="CA of the service's certificate; else $PROGRESSDB_KMS_CA.")
     @click.option("--cert", type=_file, help="Client certificate; else $PROGRESSDB_KMS_CERT.")
     @click.option("--key", type=_file, help="Its key; else $PROGRESSDB_KMS_KEY.")

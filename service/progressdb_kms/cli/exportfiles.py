@@ -32,6 +32,11 @@ class ExportSink:
         """Take some bytes."""
         self._file.write(data)
 
+    def written(self) -> Iterable[bytes]:
+        """Yield what was written so far."""
+        self._file.flush()
+        return chunks_of(self._temporary)
+
     def commit(self) -> None:
         """Make the file durable under its name.
 

@@ -26,6 +26,8 @@ config_option: Callable[..., Any] = click.option(
 export_file = click.Path(path_type=Path, dir_okay=False)
 INCOMPLETE = 3
 """Exit code: done, but not all of it was in order; the output says what."""
+RESUMABLE = 75
+"""Exit code: stopped before it was done, to be run again (EX_TEMPFAIL of sysexits.h)."""
 
 
 def on_vault(config: Path, command: str, action: Callable[[Vault], Awaitable[T]]) -> T:

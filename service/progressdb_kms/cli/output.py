@@ -40,6 +40,22 @@ def print_fields(fields: dict[str, object]) -> None:
         click.echo(f"{name:<{width}}  {_text(value)}")
 
 
+def show_fields(fields: dict[str, Any], *, as_json: bool) -> None:
+    """Print one thing, lists and mappings in it too, as JSON or for people."""
+    if as_json:
+        print_json(fields)
+    else:
+        print_fields({name: _flat(value) for name, value in fields.items()})
+
+
+def _flat(value: object) -> object:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {item}" for name, item in value.items())
+    return value
+
+
 def _text(value: object) -> str:
     if value is None or value == "":
         return "-"

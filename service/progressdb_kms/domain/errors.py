@@ -22,7 +22,7 @@ The tree, by whose fault it is::
     |   `-- InternalError
     `-- OperatorError           refused at start or in a command: never sent over HTTP
         `-- KekMismatch, KekFileInvalid, RegistryLost, SettingsInvalid, PolicyInvalid, TlsInvalid,
-            RotationRunning, RotationRefused, InstancesMissing, Fenced, BackupInvalid,
+            RotationRunning, RotationRefused, InstancesMissing, Fenced, BackupInvalid, ProvisionRefused,
             AuditKeyInvalid
 
 "Wrong key or forged" (``AuthenticationFailed``), "malformed" (``MalformedCiphertext``), "not found",
@@ -226,9 +226,19 @@ class HeadersTooLarge(RequestError):
 
 
 class TooManyRequests(RequestError):
+    """The caller's own limit in the policy.
+
+    Attributes:
+        retry_after: Seconds until it is worth asking again.
+    """
+
     code = "too_many_requests"
     title = "Too many requests"
     retryable = True
+
+    def __init__(self, detail: str = "", retry_after: float = 1.0) -> None:
+        super().__init__(detail)
+        self.retry_after = retry_after
 
 
 class AuthenticationFailed(RequestError):
@@ -364,6 +374,12 @@ class BackupInvalid(OperatorError):
     """A backup is damaged, or not of this store or these KEKs."""
 
     code = "backup_invalid"
+
+
+class ProvisionRefused(OperatorError):
+    """Something that a first start needs is missing or lost, and can't be made without endangering data."""
+
+    code = "provision_refused"
 
 
 class AuditKeyInvalid(OperatorError):

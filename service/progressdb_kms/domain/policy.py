@@ -8,6 +8,12 @@ A rule grants permissions to identities, optionally for some threads only::
         permissions: [key:create, key:encrypt, key:decrypt]
         thread_prefixes: ["room:"]                  # optional; must end in a delimiter
 
+    limits:                                         # optional; the first that names an identity counts
+      - identities: ["dns:*.batch.svc"]
+        operations_per_second: 500                  # each item of a batch is one
+        burst: 1000                                 # optional; what may come at once, else one second's worth
+        concurrent: 32                              # requests under way
+
 A glob matches within one kind of identity. ``*`` stays within one label of a DNS name or one segment of a
 SPIFFE path; ``**`` crosses them. So ``spiffe://td/ns/*/sa/chat`` can't be reached from
 ``spiffe://td/ns/evil/x/sa/chat``.
@@ -22,6 +28,7 @@ from typing import Any, Final
 
 from progressdb_kms.domain.errors import PermissionDenied, PolicyInvalid
 from progressdb_kms.domain.identity import Identity, IdentityKind
+from progressdb_kms.domain.quota import Limit
 
 
 class Permission(StrEnum):
@@ -45,6 +52,8 @@ _SEPARATORS: Final = {
 }
 _SPKI: Final = re.compile(r"[0-9a-f]{64}")
 _RULE_FIELDS: Final = frozenset({"identities", "spki_sha256", "permissions", "thread_prefixes"})
+_LIMIT_FIELDS: Final = frozenset({"identities", "operations_per_second", "burst", "concurrent"})
+_NUMBER_MAX: Final = 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +120,14 @@ class Policy:
     """All rules. An identity has the union of what the matching rules grant, and nothing else."""
 
     rules: tuple[Rule, ...]
+    limits: tuple[tuple[tuple[_Pattern, ...], Limit], ...] = ()
+
+    def limit(self, identity: Identity) -> Limit | None:
+        """Return the limit of ``identity``, None where it has none."""
+        for patterns, limit in self.limits:
+            if any(pattern.matches(identity) for pattern in patterns):
+                return limit
+        return None
 
     def grants(self, identity: Identity) -> Grants:
         """Compile what ``identity`` may do."""
@@ -134,21 +151,53 @@ def parse_policy(document: Any) -> Policy:  # noqa: ANN401 - whatever a YAML fil
     """
     if (
         not isinstance(document, dict)
-        or set(document) != {"rules"}
-        or not isinstance(document["rules"], list)
+        or not {"rules"} <= set(document) <= {"rules", "limits"}
+        or not all(isinstance(part, list) for part in document.values())
     ):
-        raise PolicyInvalid("the policy must be a mapping with one key, rules, that holds a list")
-    return Policy(tuple(_rule(number, rule) for number, rule in enumerate(document["rules"], 1)))
+        raise PolicyInvalid(
+            "the policy must be a mapping with the key rules, and perhaps limits; each holds a list"
+        )
+    return Policy(
+        tuple(_rule(number, rule) for number, rule in enumerate(document["rules"], 1)),
+        tuple(_limit(number, limit) for number, limit in enumerate(document.get("limits", []), 1)),
+    )
+
+
+def _limit(number: int, limit: Any) -> tuple[tuple[_Pattern, ...], Limit]:  # noqa: ANN401 - as in parse_policy
+    where = f"policy limit {number}"
+    _require_fields(where, limit, _LIMIT_FIELDS)
+    identities = _strings(where, limit, "identities")
+    if not identities:
+        raise PolicyInvalid(f"{where}: names nobody; give identities")
+    rate = _number(where, limit, "operations_per_second")
+    concurrent = _number(where, limit, "concurrent")
+    if not rate and not concurrent:
+        raise PolicyInvalid(f"{where}: limits nothing; give operations_per_second or concurrent")
+    if "burst" in limit and not rate:
+        raise PolicyInvalid(f"{where}: burst goes with operations_per_second")
+    burst = _number(where, limit, "burst") or rate
+    return tuple(_pattern(where, glob) for glob in identities), Limit(rate, burst, concurrent)
+
+
+def _number(where: str, limit: dict[str, Any], name: str) -> int:
+    value = limit.get(name)
+    if value is None and name not in limit:
+        return 0
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _NUMBER_MAX:
+        raise PolicyInvalid(f"{where}: {name} must be a whole number above 0; leave it out for no limit")
+    return value
+
+
+def _require_fields(where: str, part: Any, known: frozenset[str]) -> None:  # noqa: ANN401 - as in parse_policy
+    if not isinstance(part, dict):
+        raise PolicyInvalid(f"{where}: must be a mapping")
+    if unknown := sorted(str(name) for name in set(part) - known):
+        raise PolicyInvalid(f"{where}: unknown field {unknown[0]}; known are {', '.join(sorted(known))}")
 
 
 def _rule(number: int, rule: Any) -> Rule:  # noqa: ANN401 - whatever a YAML file may hold
     where = f"policy rule {number}"
-    if not isinstance(rule, dict):
-        raise PolicyInvalid(f"{where}: must be a mapping")
-    if unknown := sorted(str(name) for name in set(rule) - _RULE_FIELDS):
-        raise PolicyInvalid(
-            f"{where}: unknown field {unknown[0]}; known are {', '.join(sorted(_RULE_FIELDS))}"
-        )
+    _require_fields(where, rule, _RULE_FIELDS)
     identities = _strings(where, rule, "identities")
     pins = _strings(where, rule, "spki_sha256")
     if not identities and not pins:

@@ -16,20 +16,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from kubernetes import client, config
-from kubernetes.client.exceptions import ApiException
-from kubernetes.config.config_exception import ConfigException
-from urllib3.exceptions import HTTPError
+from kubernetes import client
 
 from progressdb_kms.domain.errors import KekFileInvalid, RotationRefused
 from progressdb_kms.domain.keyring import KEK_BYTES, check_value
+from progressdb_kms.kek.cluster import CONFLICT, TIMEOUT, ApiRefused, called, connect
 from progressdb_kms.kek.escrow import Escrow
 from progressdb_kms.kek.file import FileKekSource, parse_keys, render_keys
 from progressdb_kms.kek.staging import appears
 
 _TRIES: Final = 5
-_TIMEOUT: Final = 10
-_CONFLICT: Final = 409
+MADE_BY: Final = "progressdb-kms.io/made-by"
+"""Annotation of Secrets that ``provision`` made; its value is ``provision``."""
+_INSTRUCTIONS: Final = {"argocd.argoproj.io/sync-options", "argocd.argoproj.io/compare-options"}
+"""Annotations that tell Argo CD to leave a Secret alone."""
 _KEEPERS: Final = {
     "argocd.argoproj.io/": "Argo CD",
     "kustomize.toolkit.fluxcd.io/": "Flux",
@@ -117,13 +117,21 @@ def add_to_secret(ref: SecretRef, version: int, loaded: Mapping[int, str]) -> No
     Raises:
         RotationRefused, KekFileInvalid: As ``KubernetesKekStager.stage``.
     """
-    with _api() as api_client:
+    try:
+        _add(ref, version, loaded)
+    except ApiRefused as error:
+        role = "; the job's role needs get and patch on it" if error.status else ""
+        raise RotationRefused(error.detail + role) from None
+
+
+def _add(ref: SecretRef, version: int, loaded: Mapping[int, str]) -> None:
+    with connect() as api_client:
         api = client.CoreV1Api(api_client)
         for _ in range(_TRIES):
-            secret = _called(
-                ref,
+            secret = called(
+                str(ref),
                 "get",
-                lambda: api.read_namespaced_secret(ref.secret, ref.namespace, _request_timeout=_TIMEOUT),
+                lambda: api.read_namespaced_secret(ref.secret, ref.namespace, _request_timeout=TIMEOUT),
             )
             keys = _keys(ref, secret.data or {})
             _require_same(ref, keys, loaded)
@@ -140,14 +148,16 @@ def add_to_secret(ref: SecretRef, version: int, loaded: Mapping[int, str]) -> No
                 "data": {ref.key: base64.b64encode(render_keys(keys)).decode()},
             }
             try:
-                _called(
-                    ref,
+                called(
+                    str(ref),
                     "patch",
                     lambda body=body: api.patch_namespaced_secret(  # type: ignore[misc]
-                        ref.secret, ref.namespace, body, _request_timeout=_TIMEOUT
+                        ref.secret, ref.namespace, body, _request_timeout=TIMEOUT
                     ),
                 )
-            except _ConflictError:
+            except ApiRefused as error:
+                if error.status != CONFLICT:
+                    raise
                 continue  # someone changed it meanwhile; perhaps by adding this very version
             return
     raise RotationRefused(f"{ref} changes faster than KEK version {version} can be added; run again")
@@ -158,50 +168,13 @@ def keeper_of(metadata: Any) -> str:  # noqa: ANN401 - the kubernetes client has
     for owner in metadata.owner_references or []:
         return f"{owner.kind} {owner.name}"
     labels, annotations = metadata.labels or {}, metadata.annotations or {}
-    for name in (*labels, *annotations):
+    # On a Secret of our own they keep Argo CD away; on another one they come from a repository.
+    harmless = _INSTRUCTIONS if MADE_BY in annotations else set()
+    for name in (*labels, *annotations.keys() - harmless):
         for prefix, keeper in _KEEPERS.items():
             if name.startswith(prefix):
                 return keeper
     return _MANAGERS.get(labels.get("app.kubernetes.io/managed-by", "").lower(), "")
-
-
-class _ConflictError(Exception):
-    """The resourceVersion is not the present one."""
-
-
-def _api() -> client.ApiClient:
-    """Return the client of the cluster that this runs in, or else of the kubeconfig."""
-    configuration = client.Configuration()
-    try:
-        if os.environ.get("KUBERNETES_SERVICE_HOST"):
-            config.load_incluster_config(configuration)  # type: ignore[no-untyped-call]
-        else:
-            config.load_kube_config(  # type: ignore[no-untyped-call]
-                os.environ.get("KUBECONFIG"), client_configuration=configuration
-            )
-    except ConfigException as error:
-        raise RotationRefused(f"no access to Kubernetes: {error}") from None
-    # Bodies hold KEKs: the client's own log of requests must never be on.
-    configuration.debug = False
-    configuration.retries = False
-    return client.ApiClient(configuration)
-
-
-def _called(ref: SecretRef, verb: str, call: Callable[[], Any]) -> Any:  # noqa: ANN401 - the client has no types
-    """Call the API; its errors quote the request, so that nothing of them is shown but status and reason."""
-    status = 0
-    try:
-        return call()
-    except ApiException as error:
-        status, reason = error.status, error.reason
-    except (HTTPError, OSError) as error:
-        reason = type(error).__name__
-    if status == _CONFLICT:
-        raise _ConflictError
-    raise RotationRefused(
-        f"Kubernetes does not let us {verb} {ref}: {status or ''} {reason}; the job's role"
-        " needs get and patch on it"
-    )
 
 
 def _keys(ref: SecretRef, data: Mapping[str, str]) -> dict[int, bytes]:

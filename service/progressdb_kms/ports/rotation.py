@@ -130,6 +130,9 @@ class RotationLedger(Protocol):
     async def release(self, lock: Lock) -> None:
         """Give the lock back; nothing happens if another has it."""
 
+    async def pulse(self) -> str:
+        """Return what changes whenever the lock is taken or renewed, and stands still when nobody does."""
+
     async def save(self, rotation: Rotation, lock: Lock) -> None:
         """Persist a rotation, and whether it is the one under way (as its step says).
 

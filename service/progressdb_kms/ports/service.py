@@ -151,11 +151,15 @@ class KekRegistry(Protocol):
             RegistryLost: There are keys but no registry, or its schema is of a newer release.
         """
 
-    async def initialise(self, kek: KekInfo) -> RegistryView:
+    async def initialise(self, kek: KekInfo, store_id: str = "") -> RegistryView:
         """Make the registry with one active version, unless there is one; return what is there after.
 
+        Args:
+            kek: The version.
+            store_id: Name of the store's data; empty for a random one.
+
         Raises:
-            RegistryLost: As ``load``.
+            RegistryLost: As ``load``; or an import is filling the store.
         """
 
     async def stage(self, kek: KekInfo) -> RegistryView:

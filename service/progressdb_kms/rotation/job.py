@@ -21,7 +21,7 @@ from progressdb_kms.domain.rotation import Outcome, Rotation, Step
 from progressdb_kms.rotation.progress import Reporter
 from progressdb_kms.settings import Settings
 from progressdb_kms.usecases.rollback import Rollback
-from progressdb_kms.usecases.rotation import Conduct, Interrupted, Parts, Plan, Rotator
+from progressdb_kms.usecases.rotation import Conduct, Interrupted, Parts, Plan, Rotator, Unled
 
 CLEAN: Final = 0
 INCOMPLETE: Final = 3
@@ -58,6 +58,7 @@ class Options:
         max_rate: Records a second.
         verify_sample: Records to verify, 0 for all.
         wait: Seconds to wait for live instances.
+        join_wait: For a worker, seconds to wait for a rotation to begin and for somebody to lead it.
     """
 
     resume_only: bool = False
@@ -68,6 +69,7 @@ class Options:
     max_rate: int | None = None
     verify_sample: int = 0
     wait: float | None = None
+    join_wait: float = 0
 
 
 async def run(settings: Settings, options: Options, reporter: Reporter) -> int:
@@ -100,7 +102,10 @@ async def run(settings: Settings, options: Options, reporter: Reporter) -> int:
             work.cancel()
         return await work
     except (Interrupted, asyncio.CancelledError):
-        reporter.event("result", {"outcome": "stopped", "detail": "run it again to go on"})
+        reporter.event("result", {"outcome": "stopped", "detail": "what was done is kept; run rotate again"})
+        return RESUMABLE
+    except Unled as error:
+        reporter.event("result", {"outcome": "stopped", "detail": str(error)})
         return RESUMABLE
     except (RotationRunning, Fenced) as error:
         reporter.event("result", {"outcome": "another_leads", "code": error.code, "detail": error.detail})
@@ -136,7 +141,7 @@ async def _run(settings: Settings, options: Options, reporter: Reporter, stoppin
             "start", {"worker": worker, "role": "worker" if options.worker else "leader"} | plan_fields(plan)
         )
         if options.worker:
-            ended = await rotator.work()
+            ended = await rotator.work(options.join_wait)
         else:
             if settings.escrow == "none" and plan.under_way and plan.under_way.step is not Step.DISTRIBUTE:
                 # A run that distributes says so itself.

@@ -27,13 +27,11 @@ _RECORDS: Final = ("snapshot", "rewrapped", "verified", "rolled_back")
 
 
 class Reporter(Protocol):
-    """Where a run reports; ``usecases.crew.Progress`` and the run's own beginning and end.
+    """Where a run reports; ``usecases.crew.Progress`` and the run's own beginning and end."""
 
-    Attributes:
-        slots: Slots that this process has dealt with, over all steps.
-    """
-
-    slots: int
+    @property
+    def slots(self) -> int:
+        """Slots that this process has dealt with, over all steps."""
 
     def event(self, name: str, fields: Mapping[str, Any]) -> None:
         """Report a happening: ``start``, ``plan``, ``result``."""

@@ -215,11 +215,14 @@ class MemoryStore:
         """Return the registry, None before ``initialise``."""
         return self._view
 
-    async def initialise(self, kek: KekInfo) -> RegistryView:
+    async def initialise(self, kek: KekInfo, store_id: str = "") -> RegistryView:
         """Make the registry with one active version, unless there is one; return what is there after."""
         if self._view is None:
+            if self.backups.importing:
+                raise RegistryLost("the store is being filled by an import: let it end, or run it again")
             active = replace(kek, state=KekState.ACTIVE, activated_at=kek.created_at)
-            self._view = RegistryView(secrets.token_hex(16), {kek.version: active}, kek.version, 1)
+            name = store_id or secrets.token_hex(16)
+            self._view = RegistryView(name, {kek.version: active}, kek.version, 1)
         return self._view
 
     def _register(self, view: RegistryView) -> None:

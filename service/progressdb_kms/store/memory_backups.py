@@ -69,6 +69,11 @@ class MemoryBackups:
         """Return what belongs to the registry besides its KEKs."""
         return Extras(dict(self._shelves.wraps), dict(self._escrow))
 
+    @property
+    def importing(self) -> bool:
+        """Whether the store is being filled from a file."""
+        return bool(self._importing)
+
     async def begin_import(self, sha256: str) -> bool:
         """Mark the store as being filled from a file; see ``BackupStore.begin_import``."""
         allowed = self._importing == sha256 if self._importing else await self.empty()

@@ -87,6 +87,10 @@ class MemoryLedger:
         if self._held is not None and self._held.lock.token == lock.token:
             self._held = None
 
+    async def pulse(self) -> str:
+        """Return what changes whenever the lock is taken or renewed, and stands still when nobody does."""
+        return "" if self._held is None else f"{self._held.lock.token}:{self._held.until}"
+
     async def save(self, rotation: Rotation, lock: Lock) -> None:
         """Persist a rotation, and whether it is the one under way. Its counts are those of ``finish``.
 

@@ -11,6 +11,7 @@ from progressdb_kms.domain.errors import RequestTimeout
 from progressdb_kms.domain.identity import Identity
 from progressdb_kms.settings import Limits
 from progressdb_kms.transport.problem import raw_problem
+from progressdb_kms.transport.trust import Chain
 
 # In seconds, for a peer to take its leave when nothing of importance is under way to it.
 CLOSE_GRACE = 2.0
@@ -59,6 +60,7 @@ class Connection:
         self.unread = 0
         self._limits = limits
         self._now = now
+        self.chain: Chain = ()
         self.opened_at = now()
         self._closes_at = self.opened_at + max_age
         self.deadline = self.opened_at + limits.idle_timeout

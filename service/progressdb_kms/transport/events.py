@@ -13,7 +13,7 @@ class TransportEvents(Protocol):
 
         Args:
             reason: One of no_certificate, unknown_ca, expired, not_yet_valid, self_signed, wrong_usage,
-                protocol, timeout, identity, other.
+                protocol, timeout, identity, revoked, no_crl, stale_crl, other.
             peer: The peer's address, ``host:port``.
         """
 
@@ -23,7 +23,8 @@ class TransportEvents(Protocol):
     def connection_closed(self, kind: str, why: str) -> None:
         """Report the end of a connection that was reported as opened.
 
-        ``why`` is one of peer, done, idle, headers, write, request, drain, evicted, abort, error.
+        ``why`` is one of peer, done, idle, headers, write, request, drain, evicted, abort, error, expired,
+        revoked, unknown_ca, no_crl, stale_crl.
         """
 
     def connection_refused(self, why: str) -> None:

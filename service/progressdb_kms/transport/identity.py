@@ -33,7 +33,7 @@ class IdentityRefused(Exception):
     """The peer proved nothing that can be taken as a name.
 
     Attributes:
-        reason: For metrics: identity, wrong_usage or peer_uid.
+        reason: For metrics: identity, wrong_usage, peer_uid, or one of ``ClientTrust.why_not``.
     """
 
     def __init__(self, reason: str, detail: str) -> None:

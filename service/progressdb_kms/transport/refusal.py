@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 import ssl
+import time
 
+from progressdb_kms.transport.identity import UNREADABLE, IdentityRefused
+from progressdb_kms.transport.trust import Chain, ClientTrust, chain_of
+
+_SAYS = {
+    "expired": "it, or a CA above it, has expired",
+    "revoked": "it is revoked",
+    "unknown_ca": "its CA is not trusted any more",
+    "no_crl": "its issuer is not in tls.client_ca, so that nothing says what that has revoked; put it there",
+    "stale_crl": "tls.client_crl is past its next update, and tls.require_current_crl is set",
+}
 # Verify results of OpenSSL's x509_vfy.h.
 _VERIFY = {
     2: "unknown_ca",  # unable to get issuer certificate
@@ -17,6 +28,21 @@ _VERIFY = {
     26: "wrong_usage",
     79: "unknown_ca",  # invalid CA certificate in the chain
 }
+
+
+def trusted_chain(connection: ssl.SSLObject, trust: ClientTrust) -> Chain:
+    """Return the chain of a peer whose handshake has just ended.
+
+    Raises:
+        IdentityRefused: It is not, or not any more, to be trusted.
+    """
+    try:
+        chain = chain_of(connection)
+    except UNREADABLE as error:
+        raise IdentityRefused("identity", "a certificate of its chain can't be read") from error
+    if reason := trust.why_not(chain, time.time()):
+        raise IdentityRefused(reason, _SAYS[reason])
+    return chain
 
 
 def handshake_reason(error: Exception) -> str:

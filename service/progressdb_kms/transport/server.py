@@ -10,6 +10,7 @@ import asyncio
 import logging
 import random
 import socket
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,7 +25,7 @@ from progressdb_kms.transport.http1 import http_config
 from progressdb_kms.transport.identity import IdentityRefused, identity_of, peer_identity
 from progressdb_kms.transport.inbox import where
 from progressdb_kms.transport.listeners import Acceptor, UnixSocket, listen_tcp
-from progressdb_kms.transport.refusal import handshake_reason
+from progressdb_kms.transport.refusal import handshake_reason, trusted_chain
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from progressdb_kms.settings import Admin, Drain, Limits, Listen, UnixListen
     from progressdb_kms.transport.events import TransportEvents
     from progressdb_kms.transport.tls import TlsHolder
+    from progressdb_kms.transport.trust import Chain
 
 log = logging.getLogger(__name__)
 
@@ -131,6 +133,7 @@ class Server:
         if self._listen.host is not None:
             if self._tls is None:
                 raise SettingsInvalid("listen: TCP is served with TLS only, and there is none")
+            self._tls.replaced = partial(self._judge, self._tls)
             sock = listen_tcp(self._listen.host, self._listen.port, "listen")
             self.tcp_address = sock.getsockname()[:2]
             self._acceptors.append(Acceptor(sock, partial(self._accepted_tls, self._tls)))
@@ -242,14 +245,16 @@ class Server:
             return
         finally:
             self._handshakes.pop(sock, None)
+        connection = transport.get_extra_info("ssl_object")
         try:
-            identity = identity_of(transport.get_extra_info("ssl_object").getpeercert(binary_form=True))
+            identity = identity_of(connection.getpeercert(binary_form=True))
+            chain = trusted_chain(connection, tls.trust)
         except IdentityRefused as error:
             self._events.handshake_refused(error.reason, peer)
             log.info("certificate of %s: %s", peer, error)
             transport.abort()
             return
-        await self._serve("tls", peer, identity, transport, protocol)
+        await self._serve("tls", peer, identity, transport, protocol, chain)
 
     async def _handshake(
         self, sock: socket.socket, tls: TlsHolder
@@ -286,8 +291,10 @@ class Server:
         identity: Identity | None,
         transport: asyncio.Transport,
         protocol: ConnectionProtocol,
+        chain: Chain = (),
     ) -> None:
         connection = self._connection(kind, peer, identity)
+        connection.chain = chain
         held = self._admin_open if identity is None else self._api_open
         if identity is None:
             self._make_room()
@@ -337,6 +344,14 @@ class Server:
         writer = asyncio.StreamWriter(transport, protocol, reader, asyncio.get_running_loop())
         await Exchange(app, self._config, self._context, state, reader, writer, connection).run()
 
+    def _judge(self, tls: TlsHolder) -> None:
+        # At once, whatever is under way: whoever is not trusted any more gets no further plaintext.
+        now = time.time()
+        for connection in self.registry:
+            if connection.chain and (reason := tls.trust.why_not(connection.chain, now)):
+                log.warning("connection of %s (%s) closed: %s", connection.peer, connection.identity, reason)
+                connection.abort(reason)
+
     def _make_room(self) -> None:
         if len(self._admin_open) >= ADMIN_CONNECTIONS:
             ending = Phase.CLOSING
@@ -351,10 +366,12 @@ class Server:
         clock = asyncio.get_running_loop().time
         while True:
             await asyncio.sleep(interval)
-            now = clock()
+            now, today = clock(), time.time()
             for connection in (*self._api_open, *self._admin_open):
                 if connection.deadline <= now:
                     connection.expire()
+                elif connection.chain and connection.chain[0].not_after <= today:
+                    connection.abort("expired")
 
 
 def _peer(sock: socket.socket) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import ssl
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from progressdb_kms.settings import Tls
 from progressdb_kms.transport.alert import AlertingContext
 from progressdb_kms.transport.events import TransportEvents
 from progressdb_kms.transport.identity import UNREADABLE
+from progressdb_kms.transport.trust import ClientTrust, CrlFacts, crl_facts, load_crls
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,7 @@ class TlsFacts:
         not_after: When it expires, in Unix seconds.
         fingerprint: SHA-256 of it, lower-case hex.
         client_cas: The CAs of the clients.
+        crls: Their revocation lists.
     """
 
     subject: str
@@ -48,10 +52,11 @@ class TlsFacts:
     not_after: float
     fingerprint: str
     client_cas: tuple[CaFacts, ...]
+    crls: tuple[CrlFacts, ...] = ()
 
 
-def build_context(tls: Tls) -> tuple[ssl.SSLContext, TlsFacts]:
-    """Load certificate, key and client CAs into a fresh context.
+def build_context(tls: Tls) -> tuple[ssl.SSLContext, TlsFacts, ClientTrust]:
+    """Load certificate, key, client CAs and their revocation lists into a fresh context.
 
     Each file is read once, and what was checked is what is loaded, even if the files change meanwhile.
 
@@ -64,6 +69,10 @@ def build_context(tls: Tls) -> tuple[ssl.SSLContext, TlsFacts]:
     authorities = _certificates(tls.client_ca, _read(tls.client_ca))
     _check_server(tls, certificates[0], key)
     _check_authorities(tls.client_ca, authorities)
+    crls = None
+    if tls.client_crl is not None:
+        crls = load_crls(tls.client_crl, _read(tls.client_crl), authorities)
+    trust = ClientTrust(authorities, crls, require_current=tls.require_current_crl)
     context = _context()
     try:
         _load_chain(context, chain.rstrip() + b"\n" + key)
@@ -73,7 +82,8 @@ def build_context(tls: Tls) -> tuple[ssl.SSLContext, TlsFacts]:
         context.load_verify_locations(cadata=b"".join(ca.public_bytes(Encoding.DER) for ca in authorities))
     except OSError as error:
         raise TlsInvalid(f"{tls.client_ca} can't be used: {_why(error)}") from error
-    return context, _facts(certificates[0], authorities)
+    facts = _facts(certificates[0], authorities, tuple(crl_facts(crl) for _, crl in crls or ()))
+    return context, facts, trust
 
 
 def _why(error: OSError) -> str:
@@ -81,9 +91,10 @@ def _why(error: OSError) -> str:
 
 
 class TlsHolder:
-    """The context that new connections get.
+    """The context that new connections get, and which clients are trusted now.
 
-    A connection keeps the context that it was accepted with, so replacing it is atomic and disturbs nobody.
+    A connection keeps the context that it was accepted with, so replacing it is atomic. ``trust`` judges the
+    open ones as well: ``replaced`` is called for that.
 
     Args:
         tls: The files.
@@ -96,19 +107,24 @@ class TlsHolder:
     def __init__(self, tls: Tls, events: TransportEvents) -> None:
         self._tls = tls
         self._events = events
-        self.context, self.facts = build_context(tls)
+        self.replaced: Callable[[], None] = lambda: None
+        self.context, self.facts, self.trust = build_context(tls)
 
-    def reload(self) -> bool:
+    async def reload(self) -> bool:
         """Load the files again, all or nothing; a broken set changes nothing and is reported.
+
+        In a thread: a revocation list may have a hundred thousand entries.
 
         Returns:
             Whether the new set is in use.
         """
         try:
-            self.context, self.facts = build_context(self._tls)
+            loaded = await asyncio.to_thread(build_context, self._tls)
         except TlsInvalid as error:
             self._events.reloaded("tls", ok=False, detail=error.detail)
             return False
+        self.context, self.facts, self.trust = loaded
+        self.replaced()
         self._events.reloaded("tls", ok=True, detail="")
         return True
 
@@ -201,7 +217,9 @@ def _check_authorities(path: Path, authorities: list[x509.Certificate]) -> None:
         raise TlsInvalid(f"{path}: every CA in it has expired, the last on {newest:%Y-%m-%d %H:%M} UTC")
 
 
-def _facts(certificate: x509.Certificate, authorities: list[x509.Certificate]) -> TlsFacts:
+def _facts(
+    certificate: x509.Certificate, authorities: list[x509.Certificate], crls: tuple[CrlFacts, ...]
+) -> TlsFacts:
     try:
         sans = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         names = [*sans.get_values_for_type(x509.DNSName), *map(str, sans.get_values_for_type(x509.IPAddress))]
@@ -216,6 +234,7 @@ def _facts(certificate: x509.Certificate, authorities: list[x509.Certificate]) -
             CaFacts(ca.subject.rfc4514_string(), ca.not_valid_after_utc.timestamp(), _fingerprint(ca))
             for ca in authorities
         ),
+        crls=crls,
     )
 
 

@@ -56,15 +56,25 @@ async def current_view(vault: Vault) -> RegistryView:
     return view
 
 
-async def export_live(vault: Vault, sink: Sink) -> tuple[ExportNote, Counts]:
+def new_export_id() -> str:
+    """Return a name for an export that no other has."""
+    return f"x_{secrets.token_hex(8)}"
+
+
+async def export_live(vault: Vault, sink: Sink, export_id: str = "") -> tuple[ExportNote, Counts]:
     """Write all live records, tombstones and the registry to a file, while traffic goes on.
+
+    Args:
+        vault: The ports.
+        sink: The file.
+        export_id: Of ``new_export_id``, for who has to know it before; else a new one.
 
     Raises:
         BackupInvalid: The store is empty, or the active KEK is not loaded as registered.
         StoreUnavailable, StoreNotDurable: Not now; no file was made.
         OSError: The file can't be written.
     """
-    return await _export(vault, sink, ExportKind.LIVE, "", vault.backups.records())
+    return await _export(vault, sink, ExportKind.LIVE, "", vault.backups.records(), export_id)
 
 
 async def export_snapshot(vault: Vault, rotation_id: str, sink: Sink) -> tuple[ExportNote, Counts]:
@@ -85,11 +95,12 @@ async def _export(
     kind: ExportKind,
     rotation_id: str,
     batches: AsyncIterator[list[DekRecord | Damaged]],
+    export_id: str = "",
 ) -> tuple[ExportNote, Counts]:
     view = await current_view(vault)
     kek = view.keks[view.active]
     await require_keks(vault.source, [kek], "the export's seal")
-    note = ExportNote(f"x_{secrets.token_hex(8)}", kind, int(vault.now()), rotation_id=rotation_id)
+    note = ExportNote(export_id or new_export_id(), kind, int(vault.now()), rotation_id=rotation_id)
     await vault.audit.record(
         [event(vault, "backup.export", "intent", f"{note.export_id} {kind} {rotation_id}")]
     )

@@ -170,6 +170,7 @@ class Hot:
         self._kms.observer.dek_uses("encrypt", len(done))
         if self._calls.wanted:
             self._calls.note("encrypt", session.name, done)
+        session.charge(len(items) - 1)
         return encode(accept, Results(results))
 
     def decrypt_batch(
@@ -202,6 +203,7 @@ class Hot:
         self._kms.observer.dek_uses("decrypt", len(done))
         if self._calls.wanted:
             self._calls.note("decrypt", session.name, done)
+        session.charge(len(items) - 1)
         return encode(accept, Results(results))
 
     def _failed(self, error: KmsError, route: str) -> Failed:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from progressdb_kms.domain.backup import SHORTEST_WAIT_DAYS, Destruction, ExportNote, may_resurrect
-from progressdb_kms.domain.errors import BackupInvalid
+from progressdb_kms.domain.errors import BackupInvalid, KekMismatch, RegistryLost
 from progressdb_kms.domain.keyring import KekState
 from progressdb_kms.ports import Extras, Imported, RegistryView
 from progressdb_kms.usecases.backup import (
@@ -65,6 +65,7 @@ async def import_export(
 
     Raises:
         BackupInvalid: The file is damaged or forged, or made under other KEKs; or the store has other data.
+        KekMismatch: The KEKs belong to another store than the one that this would make.
         RotationRunning: A rotation or another such command is running on the store.
         StoreUnavailable, StoreNotDurable: Run it again.
     """
@@ -109,8 +110,14 @@ async def _target(vault: Vault, export: Inspected, *, merge: bool) -> RegistryVi
     """Return the registry of the store to fill, None where the store is to be filled whole.
 
     Raises:
-        BackupInvalid: It must not be filled.
+        BackupInvalid, KekMismatch: It must not be filled.
     """
+    # Before anything is written: a store without a registry that is filled gets the export's id.
+    if vault.store_id not in {"", export.header.store_id} and not await _registered(vault):
+        raise KekMismatch(
+            f"the export is of store {export.header.store_id}, but this KEK belongs to store {vault.store_id}"
+            " (store.id_file): import an export of that store, or write the export's id there"
+        )
     if await vault.backups.begin_import(export.ending.sha256):
         return None
     if not merge:
@@ -133,6 +140,13 @@ async def _target(vault: Vault, export: Inspected, *, merge: bool) -> RegistryVi
                 f"the export needs KEK version {kek.version} ({kek.kek_id}), which is retired in the store"
             )
     return view
+
+
+async def _registered(vault: Vault) -> bool:
+    try:
+        return await vault.registry.load() is not None
+    except RegistryLost:
+        return False
 
 
 def _registry(export: Inspected, view: RegistryView | None) -> tuple[RegistryView, Extras]:

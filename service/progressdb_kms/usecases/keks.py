@@ -40,6 +40,7 @@ class KekBook:
         look_again: Makes the source read what it has, given the check values that it must hold; called when
             the registry names a needed version that is not loaded. An instance that slept through a
             rotation learns of it here, and must not refuse requests until its next look at the file.
+        store_id: Of the one store that the KEKs belong to; empty where that was never written down.
 
     Attributes:
         problem: Why the service must not be ready, or an empty string.
@@ -52,8 +53,10 @@ class KekBook:
         registry: KekRegistry,
         observer: Observer,
         look_again: Callable[[Mapping[int, str]], object] = lambda _required: None,
+        store_id: str = "",
     ) -> None:
         self.source = source
+        self._store_id = store_id
         self._look_again = look_again
         self._registry = registry
         self._observer = observer
@@ -92,30 +95,29 @@ class KekBook:
     async def start(self, now: float) -> None:
         """Read the registry, or make it on an empty store with the highest loaded version as active.
 
+        Where the KEKs belong to a store, no registry is made: an empty store is then not theirs, or has lost
+        everything, and keys made in it would hide that.
+
         Args:
             now: Unix seconds.
 
         Raises:
-            KekMismatch: A loaded version is not the key that was registered, or a needed one is not loaded.
+            KekMismatch: A loaded version is not the key that was registered, or a needed one is not loaded;
+                or the KEKs belong to another store.
+            NotReady: The store is empty, and the KEKs belong to one that is not. It can still be filled.
             RegistryLost: The store holds keys but no registry that this release can read.
             StoreUnavailable, StoreNotDurable: Not now.
         """
         view = await self._registry.load()
+        if view is None and self._store_id:
+            self.problem = empty_store(self._store_id)
+            raise NotReady(self.problem)
         if view is None:
             version = max(self.source.versions())
             value = await self.source.check_value(version)
-            view = await self._registry.initialise(
-                KekInfo(
-                    version=version,
-                    kek_id=kek_id_of(value),
-                    source=self.source.name,
-                    source_key=self.source.source_key(version),
-                    check_value=value,
-                    state=KekState.ACTIVE,
-                    created_at=int(now),
-                    activated_at=int(now),
-                )
-            )
+            kek = first_kek(version, value, self.source.name, self.source.source_key(version), now)
+            view = await self._registry.initialise(kek)
+        require_store(view, self._store_id)
         await self._adopt(view)
         if self.problem:
             raise KekMismatch(self.problem)
@@ -138,6 +140,8 @@ class KekBook:
             self.problem = self._lost = (
                 "the KEK registry has gone from the store: restore it before anything is written"
             )
+        elif self._store_id and view.store_id != self._store_id:
+            self.problem = self._lost = _another_store(view.store_id, self._store_id)
         elif self._view is not None and view.store_id != self._view.store_id:
             self.problem = self._lost = (
                 "this is another store than the one that the service started on: restart the service"
@@ -236,6 +240,45 @@ class KekBook:
                     )
                 self._wraps_left[version] = self._wraps_left.get(version, 0) + block
             self._wraps_left[version] -= count
+
+
+def first_kek(version: int, value: str, source: str, source_key: str, now: float) -> KekInfo:
+    """Return what the registry of an empty store begins with.
+
+    Args:
+        version: The KEK version.
+        value: Its check value.
+        source: Kind of source that holds it.
+        source_key: The source's own name for it.
+        now: Unix seconds.
+    """
+    at = int(now)
+    return KekInfo(version, kek_id_of(value), source, source_key, value, KekState.ACTIVE, at, at)
+
+
+def require_store(view: RegistryView, store_id: str) -> None:
+    """Return if this is the store that the KEKs belong to, or if nobody wrote down which that is.
+
+    Raises:
+        KekMismatch: It is another one.
+    """
+    if store_id and view.store_id != store_id:
+        raise KekMismatch(_another_store(view.store_id, store_id))
+
+
+def empty_store(store_id: str) -> str:
+    """Return why an empty store is refused, and what to do."""
+    return (
+        f"the store is empty, but this KEK belongs to store {store_id}: point store.url at that store, bring"
+        " its volume back, or import a backup of it (progressdb-kms backup import)"
+    )
+
+
+def _another_store(found: str, store_id: str) -> str:
+    return (
+        f"this is store {found}, but this KEK belongs to store {store_id} (store.id_file): point store.url at"
+        " that store, or use the KEK and the id of this one"
+    )
 
 
 def _required(view: RegistryView) -> dict[int, str]:

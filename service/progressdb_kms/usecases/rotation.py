@@ -33,7 +33,11 @@ if TYPE_CHECKING:
 
     from progressdb_kms.ports import Claim, Lock
 
-__all__ = ["Conduct", "Interrupted", "Parts", "Plan", "Progress", "Rotator"]
+__all__ = ["Conduct", "Interrupted", "Parts", "Plan", "Progress", "Rotator", "Unled"]
+
+
+class Unled(Exception):
+    """A rotation is unfinished, and nobody has led it for as long as a worker was to wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,24 +112,53 @@ class Rotator(Crew):
                 rotation = await self._do(rotation, lock)
         return rotation
 
-    async def work(self) -> Rotation | None:
+    async def work(self, wait: float = 0) -> Rotation | None:
         """Join the rotation that is under way and share its work until it is finished.
+
+        Args:
+            wait: Seconds to wait for a rotation to begin, and, while one is unfinished, for somebody to lead
+                it. With 0 it takes what is there, and stays until it is finished.
 
         Returns:
             The rotation as it ended; None where there was none.
+
+        Raises:
+            Unled: Nobody has led it for ``wait`` seconds; never with 0.
+            Interrupted: The process was asked to end.
         """
         ledger = self._parts.ledger
         last = await self._patiently(ledger.current)
+        if last is None and wait:
+            last = await self._begun(wait)
+        watch = _LeaderWatch(self._parts, wait)
         while True:
             rotation = await self._patiently(ledger.current)
             if rotation is None:
                 return await ledger.get(last.rotation_id) if last else None
             last = rotation
+            if wait:
+                watch.look(rotation, await self._patiently(ledger.pulse))
             if rotation.step in SHARED:
                 await self._patiently(self._parts.keks.refresh)
                 # A worker may have started before the new version reached its KEK file.
                 if rotation.target_version in self._parts.keks.usable:
                     await self._take_part(rotation)
+            self._go_on()
+            await asyncio.sleep(IDLE)
+
+    async def _begun(self, wait: float) -> Rotation | None:
+        """Wait for a rotation to begin; one that has ended just now is taken for the one to be joined."""
+        ledger, began = self._parts.ledger, self._parts.now()
+        while True:
+            rotation = await self._patiently(ledger.current)
+            if rotation is None:
+                # A small one may begin and end before a worker of the same job has even started. Where it
+                # was another one, no harm is done: whoever leads does all of the work then.
+                for latest in await self._patiently(lambda: ledger.list_rotations(1)):
+                    if (latest.finished_at or 0) > began - wait:
+                        rotation = latest
+            if rotation is not None or self._parts.now() >= began + wait:
+                return rotation
             self._go_on()
             await asyncio.sleep(IDLE)
 
@@ -254,3 +287,32 @@ class Rotator(Crew):
                 raise instances_missing(version, missing)
             self._go_on()
             await asyncio.sleep(IDLE)
+
+
+class _LeaderWatch:
+    """Tells a worker when nobody leads any more.
+
+    A leader renews its lock every few seconds. What is watched is that it does, not the time that the lock
+    names: so clocks need not agree.
+    """
+
+    def __init__(self, parts: Parts, wait: float) -> None:
+        self._parts = parts
+        self._wait = wait
+        self._pulse: str | None = None
+        self._changed_at = parts.now()
+
+    def look(self, rotation: Rotation, pulse: str) -> None:
+        """Take note of the lock's present pulse.
+
+        Raises:
+            Unled: It has not been renewed for long.
+        """
+        now = self._parts.now()
+        if pulse != self._pulse:
+            self._pulse, self._changed_at = pulse, now
+        elif now - self._changed_at >= self._wait:
+            raise Unled(
+                f"rotation {rotation.rotation_id} is at {rotation.step} and nobody has led it for"
+                f" {self._wait:.0f} s; run rotate again to finish it"
+            )

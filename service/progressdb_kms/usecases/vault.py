@@ -39,6 +39,7 @@ class Vault:
     Attributes:
         owner: Name of this process, for locks and the audit log.
         release: The package's version, written into exports.
+        store_id: Of the one store that the KEKs belong to; empty where that was never written down.
     """
 
     keys: KeyStore
@@ -51,6 +52,7 @@ class Vault:
     audit: AuditLog
     owner: str
     release: str
+    store_id: str = ""
     now: Callable[[], float] = time.time
 
 

@@ -149,15 +149,13 @@ class Recorder:
             threads = [f"old:{number}" for number in range(first, min(first + BATCH, count))]
             messages = [secrets.token_bytes(24) for _ in threads]
             began = time.monotonic()
-            body = {"items": [{"thread_id": thread} for thread in threads]}
-            made = client.post("/create_dek_batch", body).ok()["results"]
-            body = {
-                "items": [
-                    {"key_id": key["key_id"], "plaintext": b64(message)}
-                    for key, message in zip(made, messages, strict=True)
-                ]
-            }
-            results = client.post("/encrypt_batch", body).ok()["results"]
+            creates = [{"thread_id": thread, "idempotency_key": thread} for thread in threads]
+            made = client.batch("/create_dek_batch", creates)
+            items = [
+                {"key_id": key["key_id"], "plaintext": b64(message)}
+                for key, message in zip(made, messages, strict=True)
+            ]
+            results = client.batch("/encrypt_batch", items)
             ended = time.monotonic()
             for thread, key, message, result in zip(threads, made, messages, results, strict=True):
                 done = {"began": began, "ended": ended, "outcome": Outcome.OK, "key_id": key["key_id"]}
@@ -177,7 +175,7 @@ class Recorder:
             part = everything[first : first + BATCH]
             began = time.monotonic()
             items = [{"key_id": each.key_id, "ciphertext": b64(each.ciphertext)} for each in part]
-            results = client.post("/decrypt_batch", {"items": items}).ok()["results"]
+            results = client.batch("/decrypt_batch", items)
             ended = time.monotonic()
             for each, result in zip(part, results, strict=True):
                 asked = Operation(

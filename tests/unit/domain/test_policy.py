@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from progressdb_kms.domain.errors import PermissionDenied, PolicyInvalid
 from progressdb_kms.domain.identity import Identity, IdentityKind
 from progressdb_kms.domain.policy import Grants, Permission, Policy, parse_policy
+from progressdb_kms.domain.quota import Limit
 
 PIN = "ab" * 32
 names = st.text("abc.-*/:", min_size=1, max_size=20)
@@ -144,11 +145,11 @@ def test_a_prefix_ends_in_a_delimiter(prefix: str) -> None:
 @pytest.mark.parametrize(
     "document, says",
     [
-        (None, "a mapping with one key, rules"),
-        ([], "a mapping with one key, rules"),
-        ({}, "a mapping with one key, rules"),
-        ({"rules": {}}, "holds a list"),
-        ({"rules": [], "more": 1}, "one key, rules"),
+        (None, "a mapping with the key rules"),
+        ([], "a mapping with the key rules"),
+        ({}, "a mapping with the key rules"),
+        ({"rules": {}}, "each holds a list"),
+        ({"rules": [], "more": 1}, "with the key rules"),
         ({"rules": ["x"]}, "rule 1: must be a mapping"),
         ({"rules": [rule(), rule(who="x")]}, "rule 2: unknown field who; known are identities"),
         ({"rules": [rule(identities=[])]}, "names nobody"),
@@ -194,3 +195,39 @@ def test_an_identity_is_typed_in_text() -> None:
     assert str(Identity(IdentityKind.SPIFFE, "//td/x")) == "spiffe://td/x"
     assert str(Identity(IdentityKind.CN, "uid:0")) == "cn:uid:0"
     assert str(Identity(IdentityKind.UID, "0")) == "uid:0"
+
+
+@pytest.mark.parametrize(
+    "says, limit",
+    [
+        ("must be a mapping", []),
+        ("unknown field rate", {"identities": ["dns:a"], "rate": 1}),
+        ("names nobody", {"operations_per_second": 1}),
+        ("limits nothing", {"identities": ["dns:a"]}),
+        ("burst goes with", {"identities": ["dns:a"], "concurrent": 1, "burst": 1}),
+        ("concurrent must be a whole number", {"identities": ["dns:a"], "concurrent": 0}),
+        (
+            "burst must be a whole number",
+            {"identities": ["dns:a"], "operations_per_second": 1, "burst": None},
+        ),
+        ("operations_per_second must be", {"identities": ["dns:a"], "operations_per_second": True}),
+        ("operations_per_second must be", {"identities": ["dns:a"], "operations_per_second": 1.5}),
+        ("an identity starts with", {"identities": ["a"], "concurrent": 1}),
+    ],
+)
+def test_limits_that_say_nothing_clear(says: str, limit: Any) -> None:
+    """A limit that is no limit is refused, with its number and what to write."""
+    with pytest.raises(PolicyInvalid, match=f"policy limit 1: .*{says}"):
+        parse_policy({"rules": [], "limits": [limit]})
+
+
+def test_the_first_limit_that_names_an_identity_counts() -> None:
+    """Without one there is no limit; burst is a second's worth where it is not given."""
+    limits = [
+        {"identities": ["dns:a", "cn:a"], "operations_per_second": 5},
+        {"identities": ["dns:*"], "operations_per_second": 7, "burst": 20, "concurrent": 3},
+    ]
+    parsed = parse_policy({"rules": [], "limits": limits})
+    assert parsed.limit(Identity(IdentityKind.DNS, "a")) == Limit(5, 5, 0)
+    assert parsed.limit(Identity(IdentityKind.DNS, "b")) == Limit(7, 20, 3)
+    assert parsed.limit(Identity(IdentityKind.CN, "b")) is None

@@ -13,7 +13,7 @@ from progressdb_kms.domain.errors import KekFileInvalid, RotationRefused
 from progressdb_kms.domain.keyring import check_value
 from progressdb_kms.kek.escrow import Escrow
 from progressdb_kms.kek.file import FileKekSource, parse_keys, render_keys
-from progressdb_kms.kek.kubernetes import KubernetesKekStager, SecretRef
+from progressdb_kms.kek.kubernetes import MADE_BY, KubernetesKekStager, SecretRef
 from progressdb_kms.store.memory import MemoryStore
 from progressdb_kms.store.memory_escrow import MemoryEscrowBox
 from tests.unit.kek.secrets_api import SecretsApi
@@ -139,6 +139,8 @@ async def test_adopts_what_is_there(serve: Callable[..., SecretsApi], source: Fi
         ({"labels": {"app.kubernetes.io/managed-by": "external-secrets"}}, "External Secrets"),
         ({"labels": {"reconcile.external-secrets.io/created-by": "x"}}, "External Secrets"),
         ({"annotations": {"reconcile.external-secrets.io/data-hash": "x"}}, "External Secrets"),
+        ({"annotations": {"argocd.argoproj.io/sync-options": "Prune=false"}}, "Argo CD"),
+        ({"annotations": {MADE_BY: "provision", "argocd.argoproj.io/tracking-id": "x"}}, "Argo CD"),
     ],
 )
 async def test_what_something_else_keeps_is_never_patched(
@@ -150,6 +152,17 @@ async def test_what_something_else_keeps_is_never_patched(
         await stager(source).stage(2)
     assert api.requests == ["GET"]
     assert api.content() == CONTENT
+
+
+async def test_a_secret_of_our_own_that_argo_cd_leaves_alone_is_patched(
+    serve: Callable[..., SecretsApi], source: FileKekSource
+) -> None:
+    """What tells Argo CD not to prune a Secret of `provision` does not mean that Argo CD keeps it."""
+    options = {f"argocd.argoproj.io/{name}-options": "x" for name in ("sync", "compare")}
+    api = serve(annotations={MADE_BY: "provision", **options})
+    mounts(api, source)
+    await stager(source).stage(2)
+    assert api.requests == ["GET", "PATCH"]
 
 
 async def test_a_secret_that_is_not_the_mounted_one_is_refused(

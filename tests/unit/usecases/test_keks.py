@@ -12,7 +12,7 @@ from progressdb_kms.domain.errors import KekMismatch, KekUnavailable, NotReady
 from progressdb_kms.domain.keyring import KekInfo, KekState, check_value, kek_id_of
 from progressdb_kms.kek.file import FileKekSource
 from progressdb_kms.store.memory import MemoryStore
-from progressdb_kms.usecases.keks import WRAPS_BLOCK, KekBook
+from progressdb_kms.usecases.keks import WRAPS_BLOCK, KekBook, first_kek
 from tests.unit.helpers import Watcher, World, labelled, write_keks
 
 NAMES = [("k_A", "t")]
@@ -57,6 +57,35 @@ async def test_an_empty_store_gets_a_registry_with_the_highest_version(tmp_path:
     assert keks.required() == {3: check_value(labelled("kek 3"))}
     with pytest.raises(KekUnavailable):
         await keks.unwrap(1, [b""], [b""])
+
+
+async def test_an_empty_store_is_not_founded_by_a_kek_of_another(tmp_path: Path) -> None:
+    """KEKs that belong to a store make no registry in an empty one; once it is filled, all is well."""
+    store, name = MemoryStore(), "ab" * 16
+    path = write_keks(tmp_path / "kek", v1="kek 1")
+    keks = KekBook(source=FileKekSource(path), registry=store.registry, observer=Watcher(), store_id=name)
+    with pytest.raises(NotReady, match=f"the store is empty, but this KEK belongs to store {name}.*import"):
+        await keks.start(0)
+    assert await store.registry.load() is None
+    assert "the store is empty" in keks.problem
+    value = check_value(labelled("kek 1"))
+    await store.registry.initialise(first_kek(1, value, "file", "1", 5), name)
+    await keks.start(0)
+    assert (keks.problem, keks.view.store_id, keks.view.keks[1].created_at) == ("", name, 5)
+
+
+async def test_another_store_is_refused(tmp_path: Path) -> None:
+    """Even one whose keys are under the same KEK: at start, and where the registry is only read."""
+    store, name = MemoryStore(), "ab" * 16
+    path = write_keks(tmp_path / "kek", v1="kek 1")
+    await book(path, store).start(0)
+    other = KekBook(source=FileKekSource(path), registry=store.registry, observer=Watcher(), store_id=name)
+    with pytest.raises(KekMismatch, match=f"belongs to store {name}"):
+        await other.start(0)
+    await other.refresh()
+    assert f"belongs to store {name}" in other.problem
+    with pytest.raises(KekUnavailable, match="belongs to store"):
+        await other.wrap([bytes(32)], NAMES)
 
 
 async def test_the_wrong_key_refuses_to_start(tmp_path: Path) -> None:

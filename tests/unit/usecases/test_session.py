@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from progressdb_kms.domain.errors import CertificateExpired
+from progressdb_kms.domain.errors import CertificateExpired, TooManyRequests
 from progressdb_kms.domain.identity import Identity, IdentityKind
 from progressdb_kms.domain.policy import Permission, parse_policy
 from progressdb_kms.usecases.session import PolicyBook, Session
@@ -48,3 +48,38 @@ def test_a_sockets_peer_has_nothing_to_expire() -> None:
     session = Session(Identity(IdentityKind.UID, "1000"), PolicyBook(), Clock(1e12))
     assert not session.grants().allows_some(Permission.ADMIN)
     assert session.name == "uid:1000"
+
+
+def test_limits_are_an_identitys_own_over_all_its_connections() -> None:
+    """A second connection gets no second share; another identity its own; without limits there is none."""
+    limits = [{"identities": ["dns:*"], "operations_per_second": 1, "burst": 2, "concurrent": 1}]
+    clock = Clock(0.0)
+    book = PolicyBook(parse_policy({"rules": [], "limits": limits}), "one", clock)
+    one, two = Session(SERVER, book, clock), Session(SERVER, book, clock)
+    other = Session(Identity(IdentityKind.DNS, "other"), book, clock)
+    with one.request():
+        with pytest.raises(TooManyRequests, match="under way"), two.request():
+            pass
+        with other.request():
+            pass
+    with two.request():
+        two.charge(5)
+    with pytest.raises(TooManyRequests, match="1 operations a second") as refused, one.request():
+        pass
+    assert refused.value.retry_after == 6.0
+    clock.at += 6.0
+    with one.request():
+        pass
+    book.replace(parse_policy({"rules": []}), "two")
+    for _ in range(5):
+        with one.request(), two.request():
+            one.charge(1000)
+
+
+def test_a_request_that_fails_gives_its_place_back() -> None:
+    """Errors do not eat up the cap."""
+    limits = [{"identities": ["dns:server"], "concurrent": 1}]
+    session = Session(SERVER, PolicyBook(parse_policy({"rules": [], "limits": limits})), Clock())
+    for _ in range(3):
+        with pytest.raises(KeyError), session.request():
+            raise KeyError

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Final
 
 from progressdb_kms.domain.errors import Fenced, RegistryLost
 from progressdb_kms.domain.keyring import KekInfo, KekState
@@ -17,6 +18,7 @@ from progressdb_kms.store.redis.listing import any_record
 from progressdb_kms.store.redis.router import Call, Router, script_call
 from progressdb_kms.store.redis.schema import (
     CONTROL,
+    IMPORT_KEY,
     INSTANCES_KEY,
     KEKS_KEY,
     LOCK_KEY,
@@ -26,6 +28,9 @@ from progressdb_kms.store.redis.schema import (
     decode_kek,
     encode_kek,
 )
+
+_BEING_FILLED: Final = 2
+"""Answer of ``initialise.lua``."""
 
 
 class RedisRegistry:
@@ -51,26 +56,24 @@ class RedisRegistry:
                 )
         return view
 
-    async def initialise(self, kek: KekInfo) -> RegistryView:
-        """Make the registry with one active version, unless there is one; return what is there after.
-
-        Raises:
-            RegistryLost: As ``load``.
-        """
+    async def initialise(self, kek: KekInfo, store_id: str = "") -> RegistryView:
+        """Make the registry with one active version, unless there is one; see ``KekRegistry.initialise``."""
         await self.load()
         entry = encode_kek(replace(kek, state=KekState.ACTIVE, activated_at=kek.created_at))
-        await self._router.write_one(
+        made = await self._router.write_one(
             script_call(
                 CONTROL,
                 scripts.INITIALISE,
-                (SCHEMA_KEY, KEKS_KEY),
+                (SCHEMA_KEY, KEKS_KEY, IMPORT_KEY),
                 SCHEMA_VERSION,
-                secrets.token_hex(16),
+                store_id or secrets.token_hex(16),
                 kek.created_at,
                 kek.version,
                 entry,
             )
         )
+        if made == _BEING_FILLED:
+            raise RegistryLost("the store is being filled by an import: let it end, or run it again")
         view = await self.load()
         if view is None:
             raise RegistryLost("the registry of KEKs vanished while it was read")

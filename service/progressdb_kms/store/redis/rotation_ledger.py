@@ -68,6 +68,11 @@ class RedisRotationLedger:
         """Give the lock back; nothing happens if another has it."""
         await self._router.write_one(script_call(CONTROL, scripts.LOCK_RELEASE, (LOCK_KEY,), lock.token))
 
+    async def pulse(self) -> str:
+        """Return what changes whenever the lock is taken or renewed, and stands still when nobody does."""
+        token, until = await self._router.read_one(Call(CONTROL, ("HMGET", LOCK_KEY, "token", "until")))
+        return f"{(token or b'').decode()}:{(until or b'').decode()}"
+
     async def save(self, rotation: Rotation, lock: Lock) -> None:
         """Persist a rotation, and whether it is the one under way. Its counts are those of ``finish``.
 

@@ -1,0 +1,147 @@
+"""Client CAs roll and certificates are revoked under traffic, and no allowed client loses a request."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from tests.contract.wire_client import JSON, Client, b64
+from tests.integration.world import Instance, World, eventually, issued_for, write_private
+from tests.transport.pki import Ca
+
+RATE = 500
+"""Requests a second, over all threads."""
+THREADS = 4
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def world(new_world: Callable[..., World]) -> World:
+    """Run one service that is told what its client CA has revoked."""
+    made = new_world()
+    made.store.start()
+    write_private(made.root / "crl.pem", made.ca.crl())
+    made.instance("a", tls={**made.tls, "client_crl": str(made.root / "crl.pem")}).start()
+    return made
+
+
+@pytest.fixture
+def service(world: World) -> Instance:
+    """Give the running service."""
+    return world.instances[0]
+
+
+class Traffic:
+    """Sends encrypts at a steady rate, each thread over one connection at a time."""
+
+    def __init__(self, make: Callable[[], Client], key_id: str) -> None:
+        self.failed: list[str] = []
+        self.answered = 0
+        self._make = make
+        self._body = json.dumps({"key_id": key_id, "plaintext": b64(b"message")}).encode()
+        self._ends = threading.Event()
+        self._renew = [threading.Event() for _ in range(THREADS)]
+        self._threads = [threading.Thread(target=self._send, args=(renew,)) for renew in self._renew]
+        for thread in self._threads:
+            thread.start()
+
+    def renew(self) -> None:
+        """Let each thread go on over a new connection, as ``make`` makes it now; return when all do."""
+        for renew in self._renew:
+            renew.set()
+        eventually(lambda: not any(renew.is_set() for renew in self._renew), "new connections")
+
+    def stop(self) -> None:
+        """End it."""
+        self._ends.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _send(self, renew: threading.Event) -> None:
+        client = self._make()
+        due = time.monotonic()
+        while not self._ends.is_set():
+            try:
+                # Not Client.post, which would send again what a closed connection has swallowed.
+                answer = client._once("POST", "/encrypt", self._body, {"Content-Type": JSON})
+                if answer.status != 200:
+                    self.failed.append(f"{answer.status} {answer.body[:200]!r}")
+                self.answered += 1
+            except OSError as error:
+                self.failed.append(repr(error))
+                client.close()
+            if renew.is_set():
+                client.close()
+                client = self._make()
+                client.get("/healthz").ok()
+                renew.clear()
+            due += THREADS / RATE
+            time.sleep(max(0.0, due - time.monotonic()))
+
+
+def gets_in(service: Instance, ca: Ca | None = None, name: str = "server") -> bool:
+    """Tell whether a new connection is served."""
+    client = service.client(name, ca)
+    try:
+        return client.get("/healthz").status == 200
+    except OSError:  # a refusal shows as an alert or as a reset
+        return False
+    finally:
+        client.close()
+
+
+def test_a_client_ca_rolls_under_traffic(world: World, service: Instance) -> None:
+    """Old CA, both, new CA only: clients that have their new certificate in time notice nothing."""
+    old, new = world.ca, Ca("the next CA")
+    key_id = service.client("server").create("t:1")["key_id"]
+    ca = old
+    traffic = Traffic(lambda: service.client("server", ca), key_id)
+    late = service.client("server")
+    late.get("/healthz").ok()
+    try:
+        write_private(world.root / "crl.pem", old.crl() + new.crl())
+        write_private(world.client_ca_file, new.pem + old.pem)
+        eventually(lambda: gets_in(service, new), "both are trusted")
+        ca = new
+        traffic.renew()
+        write_private(world.root / "crl.pem", new.crl())
+        write_private(world.client_ca_file, new.pem)
+        eventually(lambda: not gets_in(service, old), "the new one alone is trusted")
+        eventually(lambda: gets_in(service, new), "the new one is trusted")
+        before = traffic.answered
+        eventually(lambda: traffic.answered > before + RATE // 5, "goes on")
+    finally:
+        traffic.stop()
+    assert traffic.failed == []
+    with pytest.raises(OSError, match=r".*"):
+        late._once("GET", "/healthz", None, None)
+    service.until("kms_connections_closed_total", lambda closed: closed >= 1, why="unknown_ca")
+    write_private(world.root / "crl.pem", old.crl())
+    write_private(world.client_ca_file, old.pem)
+    eventually(lambda: gets_in(service), "the old one is trusted again")
+
+
+def test_a_revocation_under_traffic(world: World, service: Instance) -> None:
+    """The revoked client's open connection ends and no new one is made; others lose no request."""
+    key_id = service.client("server").create("t:1")["key_id"]
+    traffic = Traffic(lambda: service.client("server"), key_id)
+    gone = service.client("gone")
+    gone.get("/healthz").ok()
+    try:
+        write_private(world.root / "crl.pem", world.ca.crl(issued_for("gone", world.ca)))
+        service.until("kms_connections_closed_total", lambda closed: closed == 1, why="revoked")
+        with pytest.raises(OSError, match=r".*"):
+            gone._once("GET", "/healthz", None, None)
+        assert not gets_in(service, name="gone")
+        assert service.metric("kms_tls_handshake_refusals_total", reason="revoked") >= 1
+        assert service.metric("kms_revoked_certificates") == 1
+        before = traffic.answered
+        eventually(lambda: traffic.answered > before + RATE // 5, "goes on")
+    finally:
+        traffic.stop()
+    assert traffic.failed == []
