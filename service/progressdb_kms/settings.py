@@ -218,6 +218,35 @@ class Escrow(_Section, frozen=True, kw_only=True):
     recipients: Annotated[tuple[Path, ...], Meta(min_length=1)]
 
 
+class Audit(_Section, frozen=True, kw_only=True):
+    """What is written down of decisions on keys, and where.
+
+    Attributes:
+        key_file: The audit key (``audit keygen``); without it records are only printed, and nothing vouches
+            for them.
+        previous_keys: Public halves of keys that were used before this one, while the store holds their
+            chains.
+        stdout: Print records.
+        stream: With a key, keep records in the store's stream too: a change is refused if that can't be done.
+        stream_records: About so many stay there; older ones are trimmed behind a signed checkpoint.
+        directory: With a key, write records to files here too, fsynced: a change is refused if that can't be
+            done.
+        file_bytes: Size after which the next file is begun.
+        data_plane: Encryptions and decryptions: not at all, counted per caller, or each.
+        data_plane_interval: For how long they are counted.
+    """
+
+    key_file: Path | None = None
+    previous_keys: tuple[Path, ...] = ()
+    stdout: bool = True
+    stream: bool = True
+    stream_records: Annotated[int, Meta(ge=1000, le=100_000_000)] = 100_000
+    directory: Path | None = None
+    file_bytes: Annotated[int, Meta(ge=4096, le=2**40)] = 64 * 2**20
+    data_plane: Literal["off", "counted", "each"] = "off"
+    data_plane_interval: Seconds = 60
+
+
 class Log(_Section, frozen=True, kw_only=True):
     """Logs go to standard error, one JSON object a line, or coloured text for people."""
 
@@ -240,6 +269,7 @@ class Settings(_Section, frozen=True, kw_only=True):
     destruction: Destruction = msgspec.field(default_factory=Destruction)
     rotation: Rotation = msgspec.field(default_factory=Rotation)
     escrow: Escrow | Literal["none"] = "none"
+    audit: Audit = msgspec.field(default_factory=Audit)
     log: Log = msgspec.field(default_factory=Log)
 
 
@@ -307,6 +337,11 @@ def _check(settings: Settings) -> None:
         )
     if store.tls is not None and (store.tls.cert is None) != (store.tls.key is None):
         raise SettingsInvalid("configuration: store.tls needs cert and key together, or neither")
+    if settings.audit.directory is not None and settings.audit.key_file is None:
+        raise SettingsInvalid(
+            "configuration: audit.directory needs audit.key_file: without it nothing vouches for the files"
+            " (audit keygen makes one)"
+        )
     rotation = settings.rotation
     if (
         settings.kek.management == "kubernetes"

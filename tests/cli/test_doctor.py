@@ -19,8 +19,10 @@ from cryptography.x509.oid import NameOID
 
 from progressdb_kms.cli import pki
 from progressdb_kms.cli.dev.layout import open_layout, prepare
+from progressdb_kms.domain.audit import NOTHING, AuditKey, Chain, Record
 from progressdb_kms.domain.keyring import KekInfo, KekState, check_value, kek_id_of
 from progressdb_kms.kek.file import FileKekSource
+from progressdb_kms.ports.audit import AuditBatch, Trim
 from progressdb_kms.store.redis import open_store
 from progressdb_kms.store.settings import StoreSettings
 from tests.cli.conftest import Command
@@ -366,3 +368,56 @@ def test_kek_belongs_to_a_store(site: Site, used_store: Path, store: Path) -> No
     site.find("kek registry", "fail", f"belongs to store {'ab' * 16} (store.id_file)")
     site.set("store", url=f"unix://{store}")
     site.find("kek registry", "fail", "the store is empty, but this KEK belongs to store")
+
+
+def audited(site: Site, **audit: object) -> Path:
+    """Give the site an audit key; return its file."""
+    key = site.directory / "audit" / "audit.yaml"
+    assert site.kms("audit", "keygen", "--out", key.parent).code == 0
+    document = yaml.safe_load(site.config.read_text())
+    document["audit"] = {"key_file": str(key), **audit}
+    site.config.write_text(yaml.safe_dump(document))
+    return key
+
+
+def test_audit_log(site: Site) -> None:
+    """A healthy one, a key that others can read, a directory that is not there, and nothing but output."""
+    key = audited(site)
+    site.find("audit", "ok", "chained")
+    site.find("audit anchor", "ok", "0 chains")
+    audited_only = yaml.safe_load(site.config.read_text())
+    site.set("audit", directory=str(site.directory / "none"))
+    site.find("audit", "fail", "can't write to audit.directory")
+    audited_only["audit"]["stream"] = False
+    site.config.write_text(yaml.safe_dump(audited_only))
+    site.find("audit", "warn", "standard output")
+    key.chmod(0o644)
+    site.find("audit", "fail", "0644")
+
+
+def test_audit_anchor(site: Site) -> None:
+    """What the store vouches for, changed or under another key."""
+    audited(site)
+    url = yaml.safe_load(site.config.read_text())["store"]["url"]
+
+    async def put(text: bytes) -> None:
+        store = await open_store(StoreSettings(url))
+        batch = AuditBatch("c", (0, NOTHING), [Record(1, "m", "l", b"")], text, stream=False)
+        await store.audit.commit(batch)
+        await store.close()
+
+    chain = Chain(AuditKey(b"1" * 32), "c")
+    head = chain.head(chain.append({"audit": "x"}), 1.0)
+    asyncio.run(put(head))
+    try:
+        site.find("audit anchor", "warn", "not configured")
+    finally:
+        asyncio.run(forget(url))
+
+
+async def forget(url: str) -> None:
+    """Take the chain out of the store, which other tests use too."""
+    store = await open_store(StoreSettings(url))
+    await store.audit.trim(Trim((b"", b"x"), {}, ["c"], ""))
+    await store.audit.trim(Trim((b"x", b""), {}, ["c"], ""))
+    await store.close()

@@ -97,6 +97,21 @@ def test_rewrap_and_keks(admin: AdminClient, key_id: str) -> None:
     assert [(kek.version, kek.state, kek.deks, kek.loaded) for kek in census.keks] == [(1, "active", 2, True)]
 
 
+def test_audit_records(admin: AdminClient, standin: StandIn) -> None:
+    """Page by page, each with the line as it was written; a damaged one is not hidden."""
+    line = '{"audit":"key.disable","at":1.5,"outcome":"ok","key_id":"k","chain":"c","seq":2,"new":1}'
+    standin.always = plain(200, msgspec.json.encode({"records": [line, "{"], "cursor": None}))
+    first, second = admin.audit(key_id="k", since="2026-01-01T00:00:00Z")
+    assert (first.action, first.key_id, first.seq, first.line) == ("key.disable", "k", 2, line)
+    assert (second.action, second.line) == ("unreadable", "{")
+    query = {"key_id": "k", "since": "2026-01-01T00:00:00Z", "limit": "1000"}
+    assert standin.seen[-1].query == query
+    standin.always = plain(200, b'{"records": [], "cursor": "1-1"}')
+    with pytest.raises(ProtocolViolation, match="cursor"):
+        list(admin.audit())
+    assert standin.seen[-1].query == {"limit": "1000", "cursor": "1-1"}
+
+
 def test_openapi(admin: AdminClient, standin: StandIn) -> None:
     """The document, or an error if it is none."""
     assert admin.openapi() == {"openapi": "3.1.0"}

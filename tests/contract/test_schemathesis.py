@@ -51,6 +51,11 @@ include-name = "GET /v1/keys"
 checks.positive_data_acceptance.expected-statuses = ["2xx", "400"]
 
 [[operations]]
+include-name = "GET /v1/audit"
+# Likewise.
+checks.positive_data_acceptance.expected-statuses = ["2xx", "400"]
+
+[[operations]]
 include-path-regex = "/schedule-destruction$"
 # To JSON Schema 8.0 is an integer; the service reads numbers strictly and takes 8 alone.
 checks.positive_data_acceptance.expected-statuses = ["2xx", "400", "404", "409"]

@@ -70,6 +70,7 @@ def test_configuration_of_the_readme_is_valid():
     "name",
     [
         "README.md",
+        "docs/audit.md",
         "docs/configuration.md",
         "docs/operations.md",
         "docs/provisioning.md",
@@ -116,8 +117,10 @@ def test_links_lead_somewhere():
 
 
 def test_metrics_in_the_documents_exist():
-    """docs/operations.md names only metrics that the service has."""
+    """docs/operations.md and docs/audit.md name only metrics that the service has."""
     source = (ROOT / "service/progressdb_kms/observability/metrics.py").read_text()
     source += (ROOT / "service/progressdb_kms/bootstrap/service.py").read_text()
-    for name in set(re.findall(r"`(kms_[a-z_]+)", (DOCS / "operations.md").read_text())):
+    for name in set(
+        re.findall(r"`(kms_[a-z_]+)", (DOCS / "operations.md").read_text() + (DOCS / "audit.md").read_text())
+    ):
         assert f'"{name.removesuffix("_total")}"' in source, name

@@ -65,6 +65,8 @@ class Quiet:
 class Audit:
     """Keeps what it is told."""
 
+    durable = False
+
     def __init__(self) -> None:
         self.events: list[AuditEvent] = []
 

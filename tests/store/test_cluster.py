@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 
+from progressdb_kms.audit.reading import verify_store
 from progressdb_kms.domain.errors import StoreUnavailable
 from progressdb_kms.domain.keys import DekRecord, StateChange, locate, slot_tag
 from progressdb_kms.store.redis.topology import SLOTS
 from tests.store.conftest import new_dek, new_kek
 from tests.store.servers import ALWAYS, Server, free_port
+from tests.store.test_audit_outages import KEY, log_on, told
 from tests.store.topologies import can_create, create_through, missing, until
 
 pytestmark = pytest.mark.slow
@@ -110,6 +112,10 @@ async def test_everything_over_three_nodes(group: Group, opened: Callable[..., A
         if cursor is None:
             break
     assert set(listed) == {record.key_id for record in records}
+    log = log_on(store)
+    await log.record([told(1, "intent"), told(1, "ok")])
+    await log.close()
+    assert (await verify_store(store.audit, [KEY.verify])).problems == []
 
 
 async def test_slot_on_the_move(group: Group, opened: Callable[..., Any]) -> None:

@@ -99,6 +99,8 @@ class Watcher:
 class Trail:
     """An audit log that remembers."""
 
+    durable = False
+
     def __init__(self) -> None:
         self.events: list[AuditEvent] = []
 

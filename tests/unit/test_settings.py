@@ -81,6 +81,8 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
         ({"store": {"url": "http://x"}}, "store.url must begin with"),
         ({"store": {"url": "redis:x"}}, "store.url must begin with"),
         ({"store": {"url": "redis://x", "durability": "hoped"}}, "durability"),
+        ({"audit": {"directory": "log"}}, "audit.directory needs audit.key_file"),
+        ({"audit": {"data_plane": "all"}}, "data_plane"),
         ({"store": {"url": "redis://x", "durability": "attested"}}, "attested_reason"),
         (
             {"store": {"url": "redis://x", "durability": "attested", "attested_reason": " "}},
@@ -133,6 +135,7 @@ def test_what_is_no_mapping(bad: Any) -> None:
         {"store": {"url": "unix:///run/redis.sock"}},
         {"store": {"url": "redis://x", "durability": "attested", "attested_reason": "AOF by contract"}},
         {"cache": {"max_stale": 0}},
+        {"audit": {"key_file": "k", "previous_keys": ["a", "b"], "directory": "log", "stream": False}},
     ],
 )
 def test_what_is_allowed(good: dict[str, Any]) -> None:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from progressdb_kms.ports import RotationLedger
+    from progressdb_kms.ports.audit import AuditStore
     from progressdb_kms.settings import Limits
     from progressdb_kms.usecases.context import Kms
     from progressdb_kms.usecases.loading import Loader
@@ -59,6 +60,7 @@ class Api:
         limits: Body sizes and times.
         counted: Called for each answer: route, status, code, identity_kind, seconds.
         rotations: Tells of rotations.
+        audit: Holds audit records.
     """
 
     kms: Kms
@@ -66,6 +68,7 @@ class Api:
     limits: Limits
     counted: Counted
     rotations: RotationLedger
+    audit: AuditStore
 
 
 class _AnyText(BaseConverter):
@@ -128,6 +131,7 @@ def _view(api: Api, hot: Hot, route: Route) -> Callable[..., Awaitable[Response]
                 hot=hot,
                 loader=api.loader,
                 rotations=api.rotations,
+                audit=api.audit,
                 session=session,
                 request_id=request_id,
                 content_type=content_type,

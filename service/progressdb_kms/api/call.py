@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
     from progressdb_kms.ports import RotationLedger
+    from progressdb_kms.ports.audit import AuditStore
     from progressdb_kms.usecases.context import Kms
     from progressdb_kms.usecases.loading import Loader
     from progressdb_kms.usecases.session import Session
@@ -27,6 +28,7 @@ class Call:
     hot: Hot
     loader: Loader
     rotations: RotationLedger
+    audit: AuditStore
     session: Session
     request_id: str
     content_type: str

@@ -9,6 +9,7 @@ import msgspec
 
 from progressdb_kms.api.call import Call
 from progressdb_kms.api.models import (
+    AuditRecords,
     BackupList,
     ExportView,
     Health,
@@ -31,7 +32,7 @@ from progressdb_kms.domain.errors import (
 )
 from progressdb_kms.domain.keys import KeyState, StateChange
 from progressdb_kms.domain.policy import Permission
-from progressdb_kms.usecases import dekrotation, lifecycle, rotationwatch
+from progressdb_kms.usecases import auditread, dekrotation, lifecycle, rotationwatch
 from progressdb_kms.usecases.encryption import failed
 from progressdb_kms.usecases.lifecycle import Wanted
 from progressdb_kms.usecases.messages import (
@@ -234,6 +235,20 @@ async def get_rotation(call: Call) -> bytes:
     call.parameters()
     found = await rotationwatch.get_rotation(call.rotations, call.session, call.path["rotation_id"])
     return call.answer(rotation_view(found))
+
+
+async def list_audit(call: Call) -> bytes:
+    """List audit records."""
+    given = call.parameters("since", "limit", "cursor", *auditread.FILTERS)
+    page = await auditread.audit_page(
+        call.audit,
+        call.session,
+        since=given.get("since"),
+        cursor=given.get("cursor"),
+        limit=_limit(given),
+        filters={name: given[name] for name in auditread.FILTERS if name in given},
+    )
+    return call.answer(AuditRecords(page.lines, page.cursor))
 
 
 async def list_backups(call: Call) -> bytes:

@@ -113,6 +113,13 @@ class BackupList(Struct, frozen=True):
     exports: list[ExportView]
 
 
+class AuditRecords(Struct, frozen=True):
+    """Audit records, the oldest first, each as it was written; go on with ``cursor`` until it is null."""
+
+    records: list[str]
+    cursor: str | None
+
+
 class Health(Struct, frozen=True):
     """Said while the service serves."""
 

@@ -46,6 +46,7 @@ STATUS: Final[dict[str, int]] = {
     "internal_error": 500,
     "store_unavailable": 503,
     "store_not_durable": 503,
+    "audit_unavailable": 503,
     "stale_kek": 503,
     "kek_unavailable": 503,
     "overloaded": 503,

@@ -8,6 +8,7 @@ from progressdb_kms.api import handlers
 from progressdb_kms.api.call import Route
 from progressdb_kms.api.handlers import PAGE_DEFAULT, PAGE_MAX
 from progressdb_kms.api.models import (
+    AuditRecords,
     BackupList,
     Health,
     KekList,
@@ -19,6 +20,7 @@ from progressdb_kms.api.models import (
 )
 from progressdb_kms.domain.keys import KeyState, StateChange
 from progressdb_kms.domain.policy import Permission
+from progressdb_kms.usecases.auditread import FILTERS
 from progressdb_kms.usecases.messages import (
     CreatedDek,
     CreateItem,
@@ -178,5 +180,19 @@ ROUTES: Final[tuple[Route, ...]] = (
         "Show the snapshots in the store, and the exports that were made of it",
         Permission.READ,
         BackupList,
+    ),
+    Route(
+        "GET",
+        "/v1/audit",
+        handlers.list_audit,
+        "List the audit records that the store keeps, the oldest first",
+        Permission.AUDIT,
+        AuditRecords,
+        parameters={
+            "since": {"type": "string", "format": "date-time"},
+            **{name: {"type": "string"} for name in FILTERS},
+            "limit": _LIMIT_SCHEMA,
+            "cursor": {"type": "string"},
+        },
     ),
 )

@@ -7,10 +7,13 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from progressdb_kms.audit.form import fields_of
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import TextIO
 
+    from progressdb_kms.audit.pipes import PatientStream
     from progressdb_kms.ports import AuditEvent
 
 
@@ -22,7 +25,9 @@ class StdoutAuditLog:
         stream: Where to; standard output by default.
     """
 
-    def __init__(self, instance: str, stream: TextIO | None = None) -> None:
+    durable = False
+
+    def __init__(self, instance: str, stream: TextIO | PatientStream | None = None) -> None:
         self._instance = instance
         self._stream = stream or sys.stdout
 
@@ -31,29 +36,16 @@ class StdoutAuditLog:
         if not events:
             return
         at = time.time()
-        lines = []
-        for event in events:
-            record = {
-                "audit": event.action,
-                "at": round(at, 6),
-                "instance": self._instance,
-                "outcome": event.outcome,
-                "identity": event.identity,
-                "request_id": event.request_id,
-            }
-            if event.key_id:
-                record["key_id"] = event.key_id
-            if event.thread_id:
-                record["thread_id"] = event.thread_id
-            if event.detail:
-                record["detail"] = event.detail
-            lines.append(json.dumps(record, ensure_ascii=True, separators=(",", ":")))
-        self._stream.write("\n".join(lines) + "\n")
+        records = [fields_of(event, at, self._instance) for event in events]
+        lines = [json.dumps(record, ensure_ascii=True, separators=(",", ":")) + "\n" for record in records]
+        self._stream.write("".join(lines))
         self._stream.flush()
 
 
 class NoAuditLog:
     """Writes nothing: for the embedded provider, whose caller is the only user."""
+
+    durable = False
 
     async def record(self, events: Sequence[AuditEvent]) -> None:
         """Do nothing."""

@@ -1,8 +1,10 @@
 """The only package that wires adapters to use cases.
 
-``parts`` makes what the service and the commands share, ``service`` is one running instance.
+``parts`` makes what the service and the commands share, ``audit`` their audit log, ``service`` is one running
+instance.
 """
 
+from progressdb_kms.bootstrap.audit import export_audit, read_anchor, verify_audit, verify_keys
 from progressdb_kms.bootstrap.parts import (
     STORE_ID,
     expected_store,
@@ -13,23 +15,27 @@ from progressdb_kms.bootstrap.parts import (
     open_vault,
     read_escrow,
     rotation_parts,
-    store_settings,
 )
 from progressdb_kms.bootstrap.service import Addresses, Service, openapi, serve
+from progressdb_kms.bootstrap.storing import store_settings
 
 __all__ = [
     "STORE_ID",
     "Addresses",
     "Service",
     "expected_store",
+    "export_audit",
     "exported_escrow",
     "kek_source",
     "load_policy",
     "make_vault",
     "open_vault",
     "openapi",
+    "read_anchor",
     "read_escrow",
     "rotation_parts",
     "serve",
     "store_settings",
+    "verify_audit",
+    "verify_keys",
 ]

@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import os
 import re
 import secrets
-import socket
 import sys
 import time
 from contextlib import asynccontextmanager, suppress
@@ -17,7 +15,9 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from progressdb_kms import __version__
-from progressdb_kms.audit.stdout import StdoutAuditLog
+from progressdb_kms.audit.escrow import AuditedEscrowBox
+from progressdb_kms.bootstrap.audit import command_audit, operator
+from progressdb_kms.bootstrap.storing import store_settings
 from progressdb_kms.domain.errors import (
     KmsError,
     PolicyInvalid,
@@ -39,7 +39,6 @@ from progressdb_kms.process import harden
 from progressdb_kms.settings import Settings
 from progressdb_kms.store.escrow_entries import decode_entry
 from progressdb_kms.store.redis import RedisStore, open_store
-from progressdb_kms.store.settings import StoreSettings
 from progressdb_kms.usecases.backup import inspect_export
 from progressdb_kms.usecases.crew import Parts, Progress
 from progressdb_kms.usecases.keks import KekBook, empty_store, require_store
@@ -57,36 +56,6 @@ log = structlog.get_logger(__name__)
 
 STORE_ID: Final = re.compile(r"[0-9a-f]{32}")
 """The form of a store's id."""
-
-
-def store_settings(settings: Settings) -> StoreSettings:
-    """Return the store adapter's settings; reads the password file.
-
-    Raises:
-        SettingsInvalid: The password file can't be read.
-    """
-    store = settings.store
-    password = ""
-    if store.password_file is not None:
-        try:
-            password = store.password_file.read_text().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise SettingsInvalid(f"can't read store.password_file {store.password_file}") from error
-    tls = store.tls
-    return StoreSettings(
-        url=store.url,
-        username=store.username or "",
-        password=password,
-        tls_ca=str(tls.ca) if tls else "",
-        tls_cert=str(tls.cert) if tls and tls.cert else "",
-        tls_key=str(tls.key) if tls and tls.key else "",
-        connect_timeout=store.connect_timeout,
-        command_timeout=store.command_timeout,
-        durability=store.durability,
-        attested_reason=store.attested_reason,
-        allow_data_loss=store.allow_data_loss,
-        min_replicas=store.min_replicas,
-    )
 
 
 def expected_store(settings: Settings) -> str:
@@ -156,7 +125,7 @@ async def open_vault(settings: Settings, command: str) -> AsyncIterator[tuple[Va
         log.debug("hardening", detail=line)
     source = kek_source(settings)
     store_id = expected_store(settings)
-    owner = f"{command} on {socket.gethostname()}, process {os.getpid()}, {secrets.token_hex(4)}"
+    owner = f"{operator(command)}, {secrets.token_hex(4)}"
     store = await open_store(store_settings(settings))
     try:
         status = store.health.status
@@ -169,7 +138,8 @@ async def open_vault(settings: Settings, command: str) -> AsyncIterator[tuple[Va
             if (view := await store.registry.load()) is not None:
                 require_store(view, store_id)
         keks = KekBook(source=source, registry=store.registry, observer=Metrics(), store_id=store_id)
-        yield make_vault(store, source, StdoutAuditLog(owner, sys.stderr), owner, store_id), keks
+        async with command_audit(settings, store, owner, Metrics(), sys.stderr) as audit:
+            yield make_vault(store, source, audit, owner, store_id), keks
     finally:
         await store.close()
 
@@ -224,21 +194,23 @@ async def rotation_parts(settings: Settings, progress: Progress) -> AsyncIterato
         require_store(view, store_id)
         await keks.refresh()
         recipients = () if settings.escrow == "none" else load_recipients(settings.escrow.recipients)
-        escrow = Escrow(store.escrow, store.registry, source, recipients)
         watching = asyncio.create_task(watch.run())
         try:
-            yield Parts(
-                ledger=store.rotation_ledger,
-                slots=store.rotation_slots,
-                registry=store.registry,
-                heartbeats=store.heartbeats,
-                stager=_kek_stager(settings, source, keks, escrow),
-                keks=keks,
-                progress=progress,
-                now=time.time,
-                census=store.keys.census,
-                audit=StdoutAuditLog(secrets.token_hex(8)),
-            )
+            async with command_audit(settings, store, secrets.token_hex(8), metrics, sys.stdout) as audit:
+                box = AuditedEscrowBox(store.escrow, audit, operator("rotate"), reads=False)
+                escrow = Escrow(box, store.registry, source, recipients)
+                yield Parts(
+                    ledger=store.rotation_ledger,
+                    slots=store.rotation_slots,
+                    registry=store.registry,
+                    heartbeats=store.heartbeats,
+                    stager=_kek_stager(settings, source, keks, escrow),
+                    keks=keks,
+                    progress=progress,
+                    now=time.time,
+                    census=store.keys.census,
+                    audit=audit,
+                )
         finally:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
@@ -260,20 +232,30 @@ def exported_escrow(
     return kept, RegistryView(found.header.store_id, keks, found.registry.active, 0)
 
 
-async def read_escrow(settings: Settings) -> tuple[Mapping[int, Sequence[SealedKek]], RegistryView]:
-    """Return what the store's escrow holds, and its registry. Needs no KEK.
+async def read_escrow(
+    settings: Settings, command: str
+) -> tuple[Mapping[int, Sequence[SealedKek]], RegistryView]:
+    """Return what the store's escrow holds, and its registry. Needs no KEK. It is audited.
+
+    Args:
+        settings: The service's configuration.
+        command: Its name, for the audit log.
 
     Raises:
+        AuditUnavailable: That it is read can't be written down.
         RegistryLost: The store holds no registry.
         BackupInvalid: An entry can't be read.
         StoreUnavailable: The store does not answer.
     """
+    configure_logs(settings.log.level, settings.log.format)
     store = await open_store(store_settings(settings))
     try:
         view = await store.registry.load()
         if view is None:
             raise RegistryLost("the store holds no KEK registry")
-        return await store.escrow.load(), view
+        who = operator(command)
+        async with command_audit(settings, store, who, Metrics(), sys.stderr) as audit:
+            return await AuditedEscrowBox(store.escrow, audit, who, reads=True).load(), view
     finally:
         await store.close()
 

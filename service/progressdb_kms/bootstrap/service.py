@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import signal
+import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,8 +17,11 @@ from progressdb_kms import __version__
 from progressdb_kms.api.admin import AdminApp
 from progressdb_kms.api.app import Api, create_app
 from progressdb_kms.api.openapi import openapi_document
-from progressdb_kms.audit.stdout import StdoutAuditLog
-from progressdb_kms.bootstrap.parts import expected_store, kek_source, load_policy, make_vault, store_settings
+from progressdb_kms.audit.chained import ChainedAuditLog
+from progressdb_kms.audit.pipes import PatientStream
+from progressdb_kms.bootstrap import audit as auditing
+from progressdb_kms.bootstrap.parts import expected_store, kek_source, load_policy, make_vault
+from progressdb_kms.bootstrap.storing import store_settings
 from progressdb_kms.domain.errors import (
     KekFileInvalid,
     KmsError,
@@ -133,6 +137,7 @@ class Service:
         self.tls = TlsHolder(settings.tls, self.events) if settings.tls is not None else None
         self.store_settings = store_settings(settings)
         self.store_id = expected_store(settings)
+        auditing.verify_keys(settings)  # a broken key file is told now, before anything is served
         self._started = False
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -157,12 +162,14 @@ class Service:
             max_stale=settings.cache.max_stale,
             clock=boottime,
         )
-        instance = secrets.token_hex(8)
+        self.instance = instance = secrets.token_hex(8)
+        self.output = PatientStream(sys.stdout, self.metrics)
+        self.audit = auditing.make_audit(settings, self.store.audit, instance, self.metrics, self.output)
         kms = Kms(
             store=self.store.keys,
             keks=self.keks,
             cache=cache,
-            audit=StdoutAuditLog(instance),
+            audit=self.audit,
             observer=self.metrics,
             backups=self.store.backups,
             ledger=self.store.rotation_ledger,
@@ -171,6 +178,8 @@ class Service:
                 plaintext_bytes=settings.limits.plaintext_bytes,
                 batch_items=settings.limits.batch_items,
                 waiting_days=settings.destruction.waiting_days,
+                audited_calls=settings.audit.data_plane,
+                audit_interval=settings.audit.data_plane_interval,
             ),
         )
         loader = Loader(kms)
@@ -186,7 +195,14 @@ class Service:
         self.rotations = RotationWatch(self.keks, self.store.keys, self.store.rotation_ledger)
         self.server = Server(
             app=create_app(
-                Api(kms, loader, settings.limits, self.metrics.request, self.store.rotation_ledger)
+                Api(
+                    kms,
+                    loader,
+                    settings.limits,
+                    self.metrics.request,
+                    self.store.rotation_ledger,
+                    self.store.audit,
+                )
             ),
             admin_app=AdminApp(self.unready, self.metrics.render, CONTENT_TYPE),
             listen=settings.listen,
@@ -200,10 +216,13 @@ class Service:
         self._add_gauges(cache)
         await self.server.start()
         await self._meet_store()
+        await auditing.begin(settings, self.audit, instance)
         self._started = True
         self.upkeep.start()
         self._tasks = [asyncio.create_task(watch.run()) for watch in self._watches]
         self._tasks.append(asyncio.create_task(self.rotations.run()))
+        keeping = auditing.keep_up(settings, self.audit, self.store.audit, self.metrics)
+        self._tasks.append(asyncio.create_task(keeping))
 
     async def _meet_store(self) -> None:
         """Wait until the store answers, then check that it is fit and that its keys are under our KEKs."""
@@ -257,12 +276,19 @@ class Service:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._started:
             await self.upkeep.stop()
+        await self._close_audit()
         await self.store.close()
 
     async def abort(self) -> None:
         """End after a failed start."""
         await self.server.abort()
+        await self._close_audit()
         await self.store.close()
+
+    async def _close_audit(self) -> None:
+        if isinstance(self.audit, ChainedAuditLog):
+            await self.audit.close()
+        await asyncio.to_thread(self.output.close)
 
     def _add_gauges(self, cache: DekCache) -> None:
         metrics = self.metrics
@@ -286,6 +312,17 @@ class Service:
             "kms_store_problems",
             "Ways in which the store could lose keys.",
             lambda: len(self.store.health.status.problems),
+        )
+        audit = self.audit
+        metrics.gauge(
+            "kms_audit_chained",
+            "1 where audit records are chained and anchored.",
+            lambda: float(isinstance(audit, ChainedAuditLog)),
+        )
+        metrics.gauge(
+            "kms_audit_waiting",
+            "Audit records that are not durable yet.",
+            lambda: audit.waiting if isinstance(audit, ChainedAuditLog) else 0,
         )
         metrics.facts(lambda: self.rotations.facts(time.time()))
         if self.tls is not None:

@@ -17,6 +17,7 @@ _NAME: Final = "progressdb-kms"
 _INTERRUPTED: Final = 128 + 2
 
 _COMMANDS: Final = {
+    "audit": "audit:audit",
     "backup": "backup:backup",
     "decrypt": "messages:decrypt",
     "dev": "dev.command:dev",

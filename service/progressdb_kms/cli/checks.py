@@ -6,8 +6,6 @@ import http.client
 import os
 import time
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
@@ -15,6 +13,8 @@ from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from progressdb_kms.bootstrap import expected_store, kek_source, load_policy, store_settings
+from progressdb_kms.cli.auditchecks import check_anchor, check_audit
+from progressdb_kms.cli.check import Check, Result
 from progressdb_kms.domain.errors import (
     KekFileInvalid,
     KmsError,
@@ -34,31 +34,6 @@ from progressdb_kms.usecases.keks import KekBook, empty_store
 
 _EXPIRES_SOON: Final = 14 * 86400
 _WILDCARDS: Final = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104 - looked up, not listened on
-
-
-class Result(StrEnum):
-    """How a check went. Only FAIL keeps the service from doing its work."""
-
-    OK = "ok"
-    WARN = "warn"
-    FAIL = "fail"
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One line of the report.
-
-    Attributes:
-        check: What was looked at.
-        result: How it went.
-        detail: What was found.
-        action: What to do; empty where nothing is.
-    """
-
-    check: str
-    result: Result
-    detail: str
-    action: str = ""
 
 
 async def run_checks(config: Path) -> AsyncIterator[Check]:
@@ -88,7 +63,7 @@ async def run_checks(config: Path) -> AsyncIterator[Check]:
         yield Check(
             "kek file", Result.OK, f"{settings.kek.path}: versions {numbers}, readable by its owner only"
         )
-    for check in (*_tls(settings), *_policy(settings), *_addresses(settings)):
+    for check in (*_tls(settings), *_policy(settings), *_addresses(settings), *check_audit(settings)):
         yield check
     async for check in _store(settings, source):
         yield check
@@ -253,6 +228,9 @@ async def _store(settings: Settings, source: KekSource | None) -> AsyncIterator[
             yield check
         if status.reachable and source is not None:
             yield await _registry(settings, store, source)
+        if status.reachable and settings.audit.key_file is not None:
+            async for check in check_anchor(settings, store):
+                yield check
     finally:
         await store.close()
 

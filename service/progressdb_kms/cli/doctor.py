@@ -9,7 +9,8 @@ from typing import Final
 
 import click
 
-from progressdb_kms.cli.checks import Check, Result, run_checks
+from progressdb_kms.cli.check import Check, Result
+from progressdb_kms.cli.checks import run_checks
 from progressdb_kms.cli.output import json_option, print_json
 
 _COLOURS: Final = {Result.OK: "green", Result.WARN: "yellow", Result.FAIL: "red"}

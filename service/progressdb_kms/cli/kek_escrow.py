@@ -65,7 +65,7 @@ def keygen(directory: Path, *, as_json: bool) -> None:
 @json_option
 def list_escrow(config: Path, *, as_json: bool) -> None:
     """List which KEK versions are sealed to which recovery keys."""
-    kept, view = asyncio.run(bootstrap.read_escrow(load_settings(config)))
+    kept, view = asyncio.run(bootstrap.read_escrow(load_settings(config), "kek escrow list"))
     columns = ("version", "kek_id", "state", "recipients")
     rows = [
         (version, kek.kek_id, str(kek.state), [item.recipient for item in kept.get(version, ())])
@@ -106,7 +106,7 @@ def recover(
         raise click.UsageError("give either --config, for the store, or --export")
     private = load_recovery_key(recovery_key)
     if config is not None:
-        kept, view = asyncio.run(bootstrap.read_escrow(load_settings(config)))
+        kept, view = asyncio.run(bootstrap.read_escrow(load_settings(config), "kek escrow recover"))
     else:
         kept, view = bootstrap.exported_escrow(lambda: chunks_of(cast("Path", export)))
     keys = open_escrow(kept, view, private)

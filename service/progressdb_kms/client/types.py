@@ -214,6 +214,39 @@ class ExportInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class AuditRecord:
+    """A record of the audit log.
+
+    Attributes:
+        action: What was done: ``key.create``, ``refused``, ...
+        at: When, in Unix seconds.
+        outcome: ``intent``, ``ok``, ``failed`` or ``refused``.
+        identity: Who asked.
+        instance: The process that wrote it.
+        key_id: The key, if one is named.
+        thread_id: Its thread, if known.
+        request_id: Which request.
+        detail: Error code, permission, counts.
+        chain: Its chain.
+        seq: Its number in the chain.
+        line: The record, byte for byte as it was written: what ``audit verify`` checks.
+    """
+
+    action: str
+    at: float
+    outcome: str
+    identity: str = ""
+    instance: str = ""
+    key_id: str = ""
+    thread_id: str = ""
+    request_id: str = ""
+    detail: str = ""
+    chain: str = ""
+    seq: int = 0
+    line: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class BackupList:
     """Snapshots in the store, and exports that were made of it."""
 

@@ -17,12 +17,13 @@ The tree, by whose fault it is::
     |   `-- AuthenticationFailed
     |-- WrappedKeyInvalid       a stored blob is forged, damaged or under another KEK
     |-- ServiceError            the service can't answer now; most of these are worth a retry
-    |   |-- StoreUnavailable, StoreNotDurable, StaleKek, KekUnavailable, Overloaded, DeadlineExceeded,
-    |   |   NotReady
+    |   |-- StoreUnavailable, StoreNotDurable, AuditUnavailable, StaleKek, KekUnavailable, Overloaded,
+    |   |   DeadlineExceeded, NotReady
     |   `-- InternalError
     `-- OperatorError           refused at start or in a command: never sent over HTTP
         `-- KekMismatch, KekFileInvalid, RegistryLost, SettingsInvalid, PolicyInvalid, TlsInvalid,
-            RotationRunning, RotationRefused, InstancesMissing, Fenced, BackupInvalid, ProvisionRefused
+            RotationRunning, RotationRefused, InstancesMissing, Fenced, BackupInvalid, ProvisionRefused,
+            AuditKeyInvalid
 
 "Wrong key or forged" (``AuthenticationFailed``), "malformed" (``MalformedCiphertext``), "not found",
 "disabled" and "store unavailable" are different classes by contract: a caller does something else about
@@ -270,6 +271,11 @@ class StoreNotDurable(ServiceError):
     title = "The store could lose acknowledged keys, so nothing is written to it"
 
 
+class AuditUnavailable(ServiceError):
+    code = "audit_unavailable"
+    title = "The audit log can't be written, so nothing is changed"
+
+
 class StaleKek(ServiceError):
     """A wrap under a KEK version below the store's floor: refresh the registry and wrap again."""
 
@@ -374,6 +380,10 @@ class ProvisionRefused(OperatorError):
     """Something that a first start needs is missing or lost, and can't be made without endangering data."""
 
     code = "provision_refused"
+
+
+class AuditKeyInvalid(OperatorError):
+    code = "audit_key_invalid"
 
 
 def _walk(cls: type[KmsError]) -> list[type[KmsError]]:

@@ -139,6 +139,32 @@ class Metrics:
             registry=self.registry,
         )
 
+        self._audit_records = Counter(
+            "kms_audit_records", "Audit records made durable.", registry=self.registry
+        )
+        self._audit_commit = Histogram(
+            "kms_audit_commit_seconds",
+            "To make audit records durable.",
+            buckets=_LATENCY,
+            registry=self.registry,
+        )
+        self._audit_failures = Counter(
+            "kms_audit_failures", "Failures to write audit records.", ["sink"], registry=self.registry
+        )
+        self._audit_lost = Counter(
+            "kms_audit_lost", "Audit records given up.", ["sink"], registry=self.registry
+        )
+        self._audit_conflicts = Counter(
+            "kms_audit_conflicts",
+            "Audit chains of which the store knew another history: restored, rolled back or tampered with.",
+            registry=self.registry,
+        )
+        self._audit_trim_refused = Counter(
+            "kms_audit_trim_refused",
+            "Trimmings of the audit stream that were refused since its records do not hold.",
+            registry=self.registry,
+        )
+
     def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
         """Add a gauge that is read at each scrape."""
         gauge = Gauge(name, text, registry=self.registry)
@@ -189,6 +215,27 @@ class Metrics:
     def failure(self, lane: str) -> None:
         """Count a round trip to the store that got no answer."""
         self._store_failures.labels(lane).inc()
+
+    def audit_committed(self, records: int, seconds: float) -> None:
+        """Count audit records that are durable, and the time that it took."""
+        self._audit_records.inc(records)
+        self._audit_commit.observe(seconds)
+
+    def audit_failed(self, sink: str) -> None:
+        """Count a failure to write: store, file or stdout."""
+        self._audit_failures.labels(sink).inc()
+
+    def audit_lost(self, sink: str, records: int) -> None:
+        """Count audit records that were given up."""
+        self._audit_lost.labels(sink).inc(records)
+
+    def audit_conflict(self) -> None:
+        """Count a chain of which the store knew another history."""
+        self._audit_conflicts.inc()
+
+    def audit_trim_refused(self) -> None:
+        """Count a trimming that was refused."""
+        self._audit_trim_refused.inc()
 
     def handshake_refused(self, reason: str) -> None:
         """Count a refused TLS handshake."""

@@ -350,8 +350,17 @@ class AuditEvent:
 class AuditLog(Protocol):
     """Where decisions are written down."""
 
+    @property
+    def durable(self) -> bool:
+        """Whether an intent can't be lost once ``record`` has returned; then creates are announced too."""
+
     async def record(self, events: Sequence[AuditEvent]) -> None:
-        """Write events, in order."""
+        """Write events, in order.
+
+        Raises:
+            AuditUnavailable: There is an intent among them and it can't be made durable: don't make the
+            change.
+        """
 
 
 class Observer(Protocol):

@@ -19,6 +19,7 @@ from progressdb_kms.domain.rotation import instances_missing
 from progressdb_kms.ports import Changes, Heartbeat, KeyPage, Lock, RegistryView, StoreStatus
 from progressdb_kms.store.cursors import decode_cursor, encode_cursor
 from progressdb_kms.store.kek_states import RegistryChange, activated, retired, staged
+from progressdb_kms.store.memory_audit import MemoryAudit
 from progressdb_kms.store.memory_backups import MemoryBackups, MemoryDestruction, Shelves
 from progressdb_kms.store.memory_escrow import MemoryEscrowBox
 from progressdb_kms.store.memory_rotation import MemoryLedger, MemorySlots
@@ -36,8 +37,8 @@ _STATUS: Final = StoreStatus(
 class MemoryStore:
     """Implements KeyStore, KekRegistry, Heartbeats and StoreHealth for one process and one event loop.
 
-    ``rotation_ledger``, ``rotation_slots``, ``escrow``, ``backups`` and ``destruction`` implement the ports
-    of their names over the same records.
+    ``rotation_ledger``, ``rotation_slots``, ``escrow``, ``backups``, ``destruction`` and ``audit`` implement
+    the ports of their names over the same records.
 
     Never raises StoreUnavailable or StoreNotDurable: it is always there, and says in its status that it
     promises nothing beyond the life of the process.
@@ -56,6 +57,7 @@ class MemoryStore:
         self._heartbeats: dict[str, Heartbeat] = {}
         self.rotation_ledger = MemoryLedger()
         self.escrow = MemoryEscrowBox()
+        self.audit = MemoryAudit()
         self.rotation_slots = MemorySlots(self._records, self._slots, self._floors)
         shelves = Shelves(self._records, self._threads, self._slots, self._floors, self._wraps)
         self.backups = MemoryBackups(shelves, self.rotation_slots, lambda: self._view, self._register)

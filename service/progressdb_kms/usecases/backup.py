@@ -101,6 +101,9 @@ async def _export(
     kek = view.keks[view.active]
     await require_keks(vault.source, [kek], "the export's seal")
     note = ExportNote(export_id or new_export_id(), kind, int(vault.now()), rotation_id=rotation_id)
+    await vault.audit.record(
+        [event(vault, "backup.export", "intent", f"{note.export_id} {kind} {rotation_id}")]
+    )
     # Before the first record is read: a key that is destroyed from now on may be in the file.
     await vault.backups.note_export(note)
     header = Header(

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from progressdb_kms.usecases.calls import CallLog, Mode
 from progressdb_kms.usecases.refusals import RefusalLog
 from progressdb_kms.usecases.session import PolicyBook
 
@@ -25,11 +26,13 @@ def boottime() -> float:
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """Limits that use cases hold to, in bytes, items and days."""
+    """Limits that use cases hold to, in bytes, items, days and seconds, and what is audited of calls."""
 
     plaintext_bytes: int = 2**20
     batch_items: int = 10_000
     waiting_days: int = 30
+    audited_calls: Mode = "off"
+    audit_interval: float = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,7 @@ class Kms:
         policies: The policy in force.
         bounds: Limits.
         refusals: Where refusals gather for the audit log.
+        calls: Where encryptions and decryptions do.
         now: Gives Unix seconds.
         clock: Gives seconds of CLOCK_BOOTTIME.
         random: Gives that many bytes from a cryptographic generator (SP 800-90A, the kernel's).
@@ -65,6 +69,9 @@ class Kms:
     clock: Callable[[], float] = boottime
     random: Callable[[int], bytes] = os.urandom
     refusals: RefusalLog = field(init=False)
+    calls: CallLog = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "refusals", RefusalLog(self.audit))
+        object.__setattr__(self, "refusals", RefusalLog(self.audit, self.clock))
+        calls = CallLog(self.audit, self.bounds.audited_calls, self.bounds.audit_interval, self.clock)
+        object.__setattr__(self, "calls", calls)

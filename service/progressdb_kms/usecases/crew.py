@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 import structlog
 
-from progressdb_kms.domain.errors import Fenced, KmsError, StoreUnavailable
+from progressdb_kms.domain.errors import AuditUnavailable, Fenced, KmsError, StoreUnavailable
 from progressdb_kms.domain.keys import ALL_TAGS
 from progressdb_kms.ports import AuditEvent
 
@@ -172,7 +172,7 @@ class Crew(ABC):
         while True:
             try:
                 return await action()
-            except StoreUnavailable:
+            except (StoreUnavailable, AuditUnavailable):
                 if self._parts.now() >= deadline:
                     raise
                 self._go_on()
@@ -201,7 +201,8 @@ class Crew(ABC):
 
     async def _note(self, action: str, outcome: str, rotation: Rotation) -> None:
         """Write an audit record."""
-        if self._parts.audit is not None:
+        audit = self._parts.audit
+        if audit is not None:
             event = AuditEvent(
                 action=action,
                 outcome=outcome,
@@ -209,7 +210,7 @@ class Crew(ABC):
                 request_id=rotation.rotation_id,
                 detail=f"KEK version {rotation.target_version}, {rotation.outcome or rotation.step}",
             )
-            await self._parts.audit.record([event])
+            await self._patiently(lambda: audit.record([event]))
 
     async def _share(self, rotation: Rotation, lock: Lock) -> None:
         """Offer all slots for the present step, work on them, and return when all are done."""

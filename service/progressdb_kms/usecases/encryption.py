@@ -65,11 +65,12 @@ def failed(error: KmsError) -> Failed:
 class Hot:
     """The hot functions over one ``Kms``."""
 
-    __slots__ = ("_kms", "_limit")
+    __slots__ = ("_calls", "_kms", "_limit")
 
     def __init__(self, kms: Kms) -> None:
         self._kms = kms
         self._limit = kms.bounds.plaintext_bytes
+        self._calls = kms.calls
 
     def encrypt(
         self, session: Session, content_type: str, accept: str, body: bytes, loaded: Loaded
@@ -93,6 +94,8 @@ class Hot:
         key.spend(1)
         sealed = seal(key.cipher, self._kms.random(NONCE_BYTES), item.plaintext, item.aad or None)
         self._kms.observer.dek_uses("encrypt", 1)
+        if self._calls.wanted:
+            self._calls.note("encrypt", session.name, [(key.key_id, key.thread_id)])
         return encode(accept, Encrypted(sealed, key.version))
 
     def decrypt(
@@ -115,6 +118,8 @@ class Hot:
         key = self._may_decrypt(grants, key)
         plaintext = open_sealed(key.cipher, item.ciphertext, item.aad or None)
         self._kms.observer.dek_uses("decrypt", 1)
+        if self._calls.wanted:
+            self._calls.note("decrypt", session.name, [(key.key_id, key.thread_id)])
         return encode(accept, Decrypted(plaintext))
 
     def encrypt_batch(
@@ -147,7 +152,7 @@ class Hot:
             return Miss(frozenset(), short)
         nonces = self._kms.random(NONCE_BYTES * len(items))
         results: list[Encrypted | Failed] = []
-        done = 0
+        done: list[tuple[str, str]] = []
         for number, item in enumerate(items):
             if isinstance(item, KmsError):
                 results.append(failed(item))
@@ -159,10 +164,12 @@ class Hot:
                 results.append(
                     Encrypted(seal(key.cipher, nonce, item.plaintext, item.aad or None), key.version)
                 )
-                done += 1
+                done.append((key.key_id, key.thread_id))
             except KmsError as error:
                 results.append(self._failed(error, "/encrypt_batch"))
-        self._kms.observer.dek_uses("encrypt", done)
+        self._kms.observer.dek_uses("encrypt", len(done))
+        if self._calls.wanted:
+            self._calls.note("encrypt", session.name, done)
         session.charge(len(items) - 1)
         return encode(accept, Results(results))
 
@@ -182,7 +189,7 @@ class Hot:
         if isinstance(keys, Miss):
             return keys
         results: list[Decrypted | Failed] = []
-        done = 0
+        done: list[tuple[str, str]] = []
         for item in items:
             if isinstance(item, KmsError):
                 results.append(failed(item))
@@ -190,10 +197,12 @@ class Hot:
             try:
                 key = self._may_decrypt(grants, keys[item.key_id])
                 results.append(Decrypted(open_sealed(key.cipher, item.ciphertext, item.aad or None)))
-                done += 1
+                done.append((key.key_id, key.thread_id))
             except KmsError as error:
                 results.append(self._failed(error, "/decrypt_batch"))
-        self._kms.observer.dek_uses("decrypt", done)
+        self._kms.observer.dek_uses("decrypt", len(done))
+        if self._calls.wanted:
+            self._calls.note("decrypt", session.name, done)
         session.charge(len(items) - 1)
         return encode(accept, Results(results))
 

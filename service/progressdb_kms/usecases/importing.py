@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from progressdb_kms.domain.backup import SHORTEST_WAIT_DAYS, Destruction, ExportNote, may_resurrect
 from progressdb_kms.domain.errors import BackupInvalid, KekMismatch, RegistryLost
 from progressdb_kms.domain.keyring import KekState
-from progressdb_kms.ports import AuditEvent, Extras, Imported, RegistryView
+from progressdb_kms.ports import Extras, Imported, RegistryView
 from progressdb_kms.usecases.backup import (
     Inspected,
     authenticate_export,
@@ -19,6 +19,7 @@ from progressdb_kms.usecases.backup import (
 )
 from progressdb_kms.usecases.destroyer import Destroyer
 from progressdb_kms.usecases.exclusive import exclusive
+from progressdb_kms.usecases.vault import audited
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -81,26 +82,27 @@ async def import_export(
                 f"the export is over {SHORTEST_WAIT_DAYS} days old: keys that were destroyed since would live"
                 " again; use a newer one, or say --accept-resurrection and destroy them again"
             )
-        await _audit(vault, "intent", export)
-        report = ImportReport()
-        destroyer = Destroyer(vault)
-        await vault.backups.raise_floors(export.registry.active if view is None else view.active)
-        for records in records_of(chunks, export):
-            report.bad += await bad_blobs(vault.source, records)
-            results = await vault.backups.import_records(records)
-            report.counts.update(str(result) for result in results)
-            for record, result in zip(records, results, strict=True):
-                if result is Imported.COLLISION:
-                    report.collisions.append(record.key_id)
-                elif result is Imported.ALIVE:
-                    await vault.destruction.owe_rewrite()
-                    await destroyer.destroy(
-                        Destruction(record.key_id, record.changed_at or int(vault.now())), merged=True
-                    )
-                    report.destroyed_here.append(record.key_id)
-        await _remember(vault, export)
-        await vault.backups.finish_import(*_registry(export, view))
-        await _audit(vault, "ok", export)
+        async with audited(
+            vault, "backup.import", f"{export.header.export_id} sha256 {export.ending.sha256}"
+        ):
+            report = ImportReport()
+            destroyer = Destroyer(vault)
+            await vault.backups.raise_floors(export.registry.active if view is None else view.active)
+            for records in records_of(chunks, export):
+                report.bad += await bad_blobs(vault.source, records)
+                results = await vault.backups.import_records(records)
+                report.counts.update(str(result) for result in results)
+                for record, result in zip(records, results, strict=True):
+                    if result is Imported.COLLISION:
+                        report.collisions.append(record.key_id)
+                    elif result is Imported.ALIVE:
+                        await vault.destruction.owe_rewrite()
+                        await destroyer.destroy(
+                            Destruction(record.key_id, record.changed_at or int(vault.now())), merged=True
+                        )
+                        report.destroyed_here.append(record.key_id)
+            await _remember(vault, export)
+            await vault.backups.finish_import(*_registry(export, view))
     return report
 
 
@@ -182,8 +184,3 @@ async def _remember(vault: Vault, export: Inspected) -> None:
             tuple(sorted(counts.by_version)),
         )
     )
-
-
-async def _audit(vault: Vault, outcome: str, export: Inspected) -> None:
-    detail = f"{export.header.export_id} sha256 {export.ending.sha256}"
-    await vault.audit.record([AuditEvent("backup.import", outcome, vault.owner, "", detail=detail)])

@@ -73,40 +73,32 @@ async def create_deks(
         BatchTooLarge: Too many.
         ServiceError: Nothing could be made.
     """
-    grants = session.grants()
-    if not grants.allows_some(Permission.CREATE):
-        grants.require(Permission.CREATE)
-    if len(wanted) > kms.bounds.batch_items:
-        raise BatchTooLarge(f"a batch has at most {kms.bounds.batch_items} items, this one has {len(wanted)}")
-    results: list[DekRecord | KmsError] = [StoreUnavailable()] * len(wanted)
-    todo: list[_Named] = []
-    for number, want in enumerate(wanted):
-        try:
-            todo.append(_named(kms, session, number, want))
-        except KmsError as error:
-            results[number] = error
+    todo, results = _wanted(kms, session, wanted)
     made: list[tuple[DekRecord, bool]] = []
+    if kms.audit.durable:
+        await kms.audit.record([_told(session, request_id, "intent", each) for each in todo])
+    failure: KmsError | None = None
     try:
         await _store_all(kms, session, todo, results, made)
-    except KmsError:
-        # With nothing made yet the caller gets the reason; else each item says for itself how it went.
-        if not made:
-            raise
-    await kms.audit.record(
-        [
-            AuditEvent(
-                action="key.create",
-                outcome="ok",
-                identity=session.name,
-                request_id=request_id,
-                key_id=record.key_id,
-                thread_id=record.thread_id,
-                detail="" if fresh else "replay",
-            )
-            for record, fresh in made
-        ]
-    )
+    except KmsError as error:
+        failure = error
+    outcomes = [_told(session, request_id, "ok", record, "" if fresh else "replay") for record, fresh in made]
+    if kms.audit.durable:
+        for each in todo:
+            result = results[each.number]
+            if isinstance(result, KmsError):
+                outcomes.append(_told(session, request_id, "failed", each, result.code))
+    await kms.audit.record(outcomes)
+    # With nothing made the caller gets the reason; else each item says for itself how it went.
+    if failure is not None and not made:
+        raise failure
     return results
+
+
+def _told(
+    session: Session, request_id: str, outcome: str, key: _Named | DekRecord, detail: str = ""
+) -> AuditEvent:
+    return AuditEvent("key.create", outcome, session.name, request_id, key.key_id, key.thread_id, detail)
 
 
 class _Named(NamedTuple):
@@ -126,6 +118,25 @@ def _named(kms: Kms, session: Session, number: int, want: Wanted | KmsError) -> 
         return _Named(number, new_key_id(thread_id, kms.random(UNIQUE_BYTES)), thread_id)
     key = check_idempotency_key(want.idempotency_key)
     return _Named(number, derive_key_id(session.name, key, thread_id), thread_id)
+
+
+def _wanted(
+    kms: Kms, session: Session, wanted: Sequence[Wanted | KmsError]
+) -> tuple[list[_Named], list[DekRecord | KmsError]]:
+    """Return what is to be made, and the results so far."""
+    grants = session.grants()
+    if not grants.allows_some(Permission.CREATE):
+        grants.require(Permission.CREATE)
+    if len(wanted) > kms.bounds.batch_items:
+        raise BatchTooLarge(f"a batch has at most {kms.bounds.batch_items} items, this one has {len(wanted)}")
+    results: list[DekRecord | KmsError] = [StoreUnavailable()] * len(wanted)
+    todo: list[_Named] = []
+    for number, want in enumerate(wanted):
+        try:
+            todo.append(_named(kms, session, number, want))
+        except KmsError as error:
+            results[number] = error
+    return todo, results
 
 
 async def _store_all(

@@ -11,7 +11,7 @@ from progressdb_kms.domain.keys import DekRecord, KeyState, locate
 from progressdb_kms.ports import AuditEvent, Damaged, Imported
 from progressdb_kms.usecases.backup import authenticate_export, inspect_export, records_of
 from progressdb_kms.usecases.exclusive import exclusive
-from progressdb_kms.usecases.vault import Sealed, Vault, unwrap_all
+from progressdb_kms.usecases.vault import Sealed, Vault, audited, unwrap_all
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
@@ -130,23 +130,21 @@ class Restorer:
     async def _run(
         self, batches: AsyncIterator[list[Copy]], key_ids: Collection[str], where: str
     ) -> Restored:
-        audit = self._vault.audit
-        await audit.record([AuditEvent("backup.restore", "intent", self._vault.owner, "", detail=where)])
-        wanted, seen = set(key_ids), set()
-        async for copies in batches:
-            chosen = [copy for copy in copies if not wanted or copy.key_id in wanted]
-            seen |= {copy.key_id for copy in chosen} if wanted else set()
-            for first in range(0, len(chosen), _BATCH):
-                await self._restore(chosen[first : first + _BATCH])
-        self._report.absent = sorted(wanted - seen)
-        await self._release()
-        await audit.record(
-            [
-                AuditEvent("key.restore", "ok", self._vault.owner, "", key_id, detail=where)
-                for key_id in (*self._report.restored, *self._report.added)
-            ]
-        )
-        await audit.record([AuditEvent("backup.restore", "ok", self._vault.owner, "", detail=where)])
+        async with audited(self._vault, "backup.restore", where):
+            wanted, seen = set(key_ids), set()
+            async for copies in batches:
+                chosen = [copy for copy in copies if not wanted or copy.key_id in wanted]
+                seen |= {copy.key_id for copy in chosen} if wanted else set()
+                for first in range(0, len(chosen), _BATCH):
+                    await self._restore(chosen[first : first + _BATCH])
+            self._report.absent = sorted(wanted - seen)
+            await self._release()
+            await self._vault.audit.record(
+                [
+                    AuditEvent("key.restore", "ok", self._vault.owner, "", key_id, detail=where)
+                    for key_id in (*self._report.restored, *self._report.added)
+                ]
+            )
         return self._report
 
     async def _restore(self, copies: Sequence[Copy]) -> None:

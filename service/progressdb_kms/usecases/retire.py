@@ -15,10 +15,10 @@ from progressdb_kms.domain.envelope import parse_blob
 from progressdb_kms.domain.errors import BackupInvalid, KmsError, RotationRefused, WrappedKeyInvalid
 from progressdb_kms.domain.keyring import KekState
 from progressdb_kms.domain.keys import ALL_TAGS, DekRecord, KeyState
-from progressdb_kms.ports import AuditEvent, Damaged
+from progressdb_kms.ports import Damaged
 from progressdb_kms.usecases.backup import current_view, records_of, verify_export
 from progressdb_kms.usecases.exclusive import exclusive
-from progressdb_kms.usecases.vault import Sealed, Vault, named, unwrap_all
+from progressdb_kms.usecases.vault import Sealed, Vault, audited, named, unwrap_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -180,9 +180,8 @@ async def retire(vault: Vault, version: int, chunks: Callable[[], Iterable[bytes
         if reasons:
             raise RotationRefused(f"KEK version {version} is still needed: {'; '.join(reasons)}")
         await _require_export(vault, version, chunks, found.live, view.store_id)
-        await _audit(vault, "intent", version)
-        view = await vault.registry.retire(version, now=int(vault.now()))
-        await _audit(vault, "ok", version)
+        async with audited(vault, "kek.retire", f"kek {version}"):
+            view = await vault.registry.retire(version, now=int(vault.now()))
     return view
 
 
@@ -207,7 +206,3 @@ async def _require_export(
         raise BackupInvalid(
             f"the export lacks {len(missing)} of {len(live)} keys: {named(sorted(missing))}; make a new one"
         )
-
-
-async def _audit(vault: Vault, outcome: str, version: int) -> None:
-    await vault.audit.record([AuditEvent("kek.retire", outcome, vault.owner, "", detail=f"kek {version}")])

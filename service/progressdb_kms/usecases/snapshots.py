@@ -10,7 +10,7 @@ from progressdb_kms.domain.errors import BackupInvalid, KmsError, RotationRefuse
 from progressdb_kms.domain.keys import DekRecord
 from progressdb_kms.domain.rotation import bucket_digest, slot_digest
 from progressdb_kms.usecases.exclusive import exclusive
-from progressdb_kms.usecases.vault import Sealed, Vault, event, named, unwrap_all
+from progressdb_kms.usecases.vault import Sealed, Vault, audited, named, unwrap_all
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -137,8 +137,7 @@ async def _purge(vault: Vault, rotation_id: str, *, force: bool) -> int:
             f"the snapshot of {rotation_id} may hold the only good copy of {len(left)} quarantined keys:"
             f" {named(left)}; restore them, or purge with --force"
         )
-    await vault.audit.record([event(vault, "backup.purge", "intent", rotation_id)])
-    for tag in manifests:
-        await vault.backups.purge(tag, rotation_id)
-    await vault.audit.record([event(vault, "backup.purge", "ok", rotation_id)])
+    async with audited(vault, "backup.purge", rotation_id):
+        for tag in manifests:
+            await vault.backups.purge(tag, rotation_id)
     return len(manifests)

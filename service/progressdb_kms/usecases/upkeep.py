@@ -32,6 +32,7 @@ STORE_EVERY: Final = 3.0
 USES_EVERY: Final = 1.0
 DESTRUCTION_EVERY: Final = 60.0
 REFUSALS_EVERY: Final = 1.0
+CALLS_EVERY: Final = 0.5
 PAUSE_AFTER_BUG: Final = 1.0
 
 
@@ -79,6 +80,7 @@ class Upkeep:
             asyncio.create_task(self._every("store", STORE_EVERY, self._check_store)),
             asyncio.create_task(self._every("uses", USES_EVERY, self.report_uses)),
             asyncio.create_task(self._every("refusals", REFUSALS_EVERY, self._kms.refusals.write)),
+            asyncio.create_task(self._every("calls", CALLS_EVERY, self._kms.calls.write)),
             asyncio.create_task(self._every("destruction", DESTRUCTION_EVERY, self._destroy_due)),
         ]
 
@@ -89,7 +91,8 @@ class Upkeep:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._kms.cache.restart()
         try:
-            await self._kms.refusals.write()
+            await self._kms.refusals.write(all_of_it=True)
+            await self._kms.calls.write(all_of_it=True)
             await self.report_uses()
             await self._heartbeats.leave(self._instance)
         except KmsError as error:

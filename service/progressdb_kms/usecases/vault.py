@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import time
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -13,7 +14,7 @@ from progressdb_kms.domain.keyring import kek_id_of
 from progressdb_kms.ports import AuditEvent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
     from progressdb_kms.domain.keyring import KekInfo
     from progressdb_kms.ports import (
@@ -126,3 +127,19 @@ def named(names: Sequence[str]) -> str:
 def event(vault: Vault, action: str, outcome: str, detail: str) -> AuditEvent:
     """Return an audit event of an operator's command."""
     return AuditEvent(action, outcome, vault.owner, "", detail=detail)
+
+
+@asynccontextmanager
+async def audited(vault: Vault, action: str, detail: str) -> AsyncIterator[None]:
+    """Write down that something is about to be done, and how it ended.
+
+    Raises:
+        AuditUnavailable: The first can't be made durable; the body has not run.
+    """
+    await vault.audit.record([event(vault, action, "intent", detail)])
+    try:
+        yield
+    except KmsError as error:
+        await vault.audit.record([event(vault, action, "failed", f"{detail}: {error.code}")])
+        raise
+    await vault.audit.record([event(vault, action, "ok", detail)])

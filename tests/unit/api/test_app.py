@@ -90,6 +90,7 @@ class Service:
                 limits,
                 lambda **fields: self.counted.append(fields),
                 world.store.rotation_ledger,
+                world.store.audit,
             )
         )
 

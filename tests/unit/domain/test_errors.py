@@ -82,6 +82,7 @@ def test_only_passing_troubles_are_retryable() -> None:
         "too_many_requests",
         "store_unavailable",
         "store_not_durable",
+        "audit_unavailable",
         "stale_kek",
         "kek_unavailable",
         "overloaded",

@@ -106,6 +106,8 @@ class MemoryKek:
 class _Silent:
     """Audit log and observer of a provider that has neither."""
 
+    durable = False
+
     async def record(self, events: Sequence[AuditEvent]) -> None:
         """Write nothing."""
 

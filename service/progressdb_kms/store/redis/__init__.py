@@ -1,14 +1,15 @@
 """The store in Redis or Valkey, 7.0 or later, with an append-only file.
 
-How it hangs together: ``keys``, ``registry``, ``heartbeats``, ``health``, ``rotation_ledger`` and
-``rotation_slots`` implement the ports; they hand calls to ``router``, which finds the ``node`` by the
-``topology`` and puts them into one of its two ``lane``s; a lane gathers them into batches over one ``link``.
-``durability`` judges whether a node may be written to.
+How it hangs together: ``keys``, ``registry``, ``heartbeats``, ``health``, ``rotation_ledger``,
+``rotation_slots``, ``audit`` implement the ports; they hand calls to ``router``, which finds the ``node`` by
+the ``topology`` and puts them into one of its two ``lane``s; a lane gathers them into batches over one
+``link``. ``durability`` judges whether a node may be written to.
 """
 
 from __future__ import annotations
 
 from progressdb_kms.store.redis.address import parse_url
+from progressdb_kms.store.redis.audit import RedisAudit
 from progressdb_kms.store.redis.backups import RedisBackups
 from progressdb_kms.store.redis.destruction import RedisDestruction
 from progressdb_kms.store.redis.escrow import RedisEscrowBox
@@ -39,6 +40,7 @@ class RedisStore:
         rotation_slots: ``RotationStore``.
         backups: ``BackupStore``.
         destruction: ``DestructionStore``.
+        audit: ``AuditStore``.
     """
 
     def __init__(self, settings: StoreSettings, observer: StoreObserver) -> None:
@@ -54,6 +56,7 @@ class RedisStore:
         self.rotation_slots = RedisRotationSlots(router)
         self.backups = RedisBackups(router)
         self.destruction = RedisDestruction(router, settings)
+        self.audit = RedisAudit(router)
 
     async def close(self) -> None:
         """Close all connections; what is under way fails with StoreUnavailable."""

@@ -28,6 +28,10 @@
     kms:{ctl}:exports               hash    what is remembered of exports, by id, as JSON
     kms:{ctl}:import                string  SHA-256 of the file that the store is being filled from
     kms:{ctl}:destruction           hash    owner and until of the right to destroy; rewrite_owed
+    kms:{ctl}:audit                 stream  audit records, one line of JSON each in the field ``r``
+    kms:{ctl}:audit:heads           hash    how far each audit chain has come: a signed document by chain
+    kms:{ctl}:audit:floors          hash    up to where each has been trimmed, likewise
+    kms:{ctl}:audit:roster          string  all chains: a signed document
 
 ``{tag}`` is a hash tag of Redis Cluster: keys that share it share a slot, and one script may change them.
 The record's blob is kept raw: a hash stays compact only while each value is at most 64 bytes.
@@ -62,6 +66,10 @@ ESCROW_KEY: Final = "kms:{ctl}:escrow"
 EXPORTS_KEY: Final = "kms:{ctl}:exports"
 IMPORT_KEY: Final = "kms:{ctl}:import"
 DESTRUCTION_KEY: Final = "kms:{ctl}:destruction"
+AUDIT_KEY: Final = "kms:{ctl}:audit"
+AUDIT_HEADS_KEY: Final = "kms:{ctl}:audit:heads"
+AUDIT_FLOORS_KEY: Final = "kms:{ctl}:audit:floors"
+AUDIT_ROSTER_KEY: Final = "kms:{ctl}:audit:roster"
 RECORD_PATTERN: Final = "kms:{*}:dek:*"
 
 FIELDS: Final = (

@@ -1,0 +1,75 @@
+"""A stream to which writing never waits: a thread hands on what a reader takes slowly, or not at all."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from typing import TextIO
+
+    from progressdb_kms.ports.audit import AuditObserver
+
+_MOST_CHARACTERS: Final = 16 * 2**20
+"""Held for a reader that is behind; what comes then is dropped and counted, and a chain shows the hole."""
+_FAREWELL: Final = 2.0
+"""Seconds that ``close`` gives the reader to take the rest."""
+
+
+class PatientStream:
+    """Writes to a text stream from a thread of its own.
+
+    Args:
+        stream: Where to, a pipe as a rule.
+        observer: Told of what was dropped.
+    """
+
+    def __init__(self, stream: TextIO, observer: AuditObserver) -> None:
+        self._stream = stream
+        self._observer = observer
+        self._held: deque[str] = deque()
+        self._size = 0
+        self._changed = threading.Condition()
+        self._ended = False
+        # A daemon: a reader that takes nothing must not keep the process from ending.
+        self._thread = threading.Thread(target=self._run, name="audit stdout", daemon=True)
+        self._thread.start()
+
+    def write(self, text: str) -> int:
+        """Take lines, at once."""
+        with self._changed:
+            if self._size + len(text) > _MOST_CHARACTERS:
+                self._observer.audit_lost("stdout", text.count("\n"))
+                return len(text)
+            self._held.append(text)
+            self._size += len(text)
+            self._changed.notify_all()
+        return len(text)
+
+    def flush(self) -> None:
+        """Do nothing: the thread flushes what it has written."""
+
+    def close(self) -> None:
+        """Wait a little for the rest to be taken."""
+        end = time.monotonic() + _FAREWELL
+        with self._changed:
+            while self._size and not self._ended and (left := end - time.monotonic()) > 0:
+                self._changed.wait(left)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not self._held:
+                    self._changed.wait()
+                text = self._held.popleft()
+            try:
+                self._stream.write(text)
+                self._stream.flush()
+            except (OSError, ValueError):  # the reader is gone, or the stream closed: what comes is dropped
+                self._observer.audit_failed("stdout")
+                self._observer.audit_lost("stdout", text.count("\n"))
+            with self._changed:
+                self._size -= len(text)
+                self._changed.notify_all()
