@@ -62,6 +62,7 @@ CONTEXT = {
     ),
     "externalStore.durability": at(EXTERNAL, "externalStore.attestedReason", "because"),
     "kek.secretName": OWN_KEK,
+    "audit.key": {"audit": {"secretName": "mine"}},
     "kek.management": {"kek": {"secretName": "mine"}},
     "backup.s3": S3,
     "backup.destination": {"backup": {"s3": {"url": "s3://bucket/kms"}}},

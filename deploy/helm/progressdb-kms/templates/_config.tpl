@@ -56,6 +56,14 @@ escrow:
 {{- else }}
 escrow: none
 {{- end }}
+audit:
+  {{- with .Values.audit.secretName }}
+  key_file: {{ $dir }}/audit/audit.yaml
+  {{- end }}
+  stream: {{ .Values.audit.stream }}
+  stream_records: {{ int64 .Values.audit.streamRecords }}
+  data_plane: {{ .Values.audit.dataPlane | quote }}
+  data_plane_interval: {{ include "progressdb-kms.scalar" .Values.audit.dataPlaneInterval }}
 {{- range $section := list "limits" "cache" "drain" "destruction" "log" }}
 {{ $section }}:
   {{- range $key, $value := index $.Values.settings $section }}

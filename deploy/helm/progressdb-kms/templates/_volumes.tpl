@@ -2,7 +2,7 @@
 The one volume with all files of a container, at /etc/progressdb-kms: configuration, policy, KEK, certificates, the store's
 password. Projected, and never by subPath, so that changes of Secrets reach it, all of them by one swap of a symlink.
 0440 with the pod's fsGroup: the service refuses a key that others could read.
-(dict "root" $ "parts" (list "config" "policy" "kek" "tls" "store" "escrow"))
+(dict "root" $ "parts" (list "config" "policy" "kek" "tls" "store" "escrow" "audit"))
 */}}
 {{- define "progressdb-kms.filesVolume" -}}
 {{- $r := include "progressdb-kms.fullname" .root -}}
@@ -56,6 +56,11 @@ password. Projected, and never by subPath, so that changes of Secrets reach it, 
           name: {{ $from.secret }}
           items: [{key: {{ $from.key }}, path: store/{{ $path }}}]
       {{- end }}
+      {{- end }}
+      {{- if and (has "audit" .parts) .root.Values.audit.secretName }}
+      - secret:
+          name: {{ .root.Values.audit.secretName }}
+          items: [{key: {{ .root.Values.audit.key }}, path: audit/audit.yaml}]
       {{- end }}
       {{- if and (has "escrow" .parts) .root.Values.escrow.recipients }}
       - configMap:
