@@ -42,7 +42,7 @@ def test_overlay_becomes_ready(plain: Kube, image: str, tmp_path: Path, saw: Cal
     release.wait_ready()
     before = _specs(plain)
     again = plain("apply", "-k", str(tmp_path)).splitlines()
-    # Of a StatefulSet with a claim's template kubectl always says `configured`: the server has added defaults to it.
+    # Of a StatefulSet with a claim's template kubectl always says configured: the server adds defaults to it.
     changed = [line for line in again if not line.endswith(" unchanged")]
     assert [line for line in changed if not line.startswith("statefulset")] == []
     assert _specs(plain) == before
