@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.cluster.kube import Kube
+from tests.cluster.kube import Kube, generations
 from tests.cluster.scene import USER, Caller, Release, start_caller
 
 pytestmark = pytest.mark.cluster
@@ -117,18 +117,11 @@ def test_network_policy(chat: Caller, stranger: Caller, release: Release, saw: S
 
 def test_unchanged_upgrade(release: Release, saw: Saw) -> None:
     """`helm upgrade` with unchanged values restarts nothing and changes no object."""
-
-    def generations() -> dict[str, int]:
-        kinds = "deployments,statefulsets,jobs,cronjobs,networkpolicies,poddisruptionbudgets"
-        return {
-            item["metadata"]["uid"]: item["metadata"].get("generation", 0) for item in release.kube.get(kinds)
-        }
-
-    before, objects = release.all_pods(), generations()
+    before, objects = release.all_pods(), generations(release.kube)
     release.helm.upgrade(release.values)
     release.wait_ready()
     assert release.all_pods() == before
-    assert generations() == objects
+    assert generations(release.kube) == objects
     saw(f"{len(before)} pods and {len(objects)} objects as they were")
 
 
