@@ -49,4 +49,4 @@ def test_overlay_becomes_ready(plain: Kube, image: str, tmp_path: Path, saw: Cal
     release.wait_ready()
     assert release.all_pods() == before
     assert len(release.service_pods()) == 1
-    saw(f"{len(out.splitlines())} objects applied, ready; again: {len(specs)} objects as they were")
+    saw(f"{len(out.splitlines())} objects applied, ready; applied again: {len(specs)} objects as they were")
