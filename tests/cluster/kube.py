@@ -236,15 +236,6 @@ def merge(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def generations(kube: Kube) -> dict[str, int]:
-    """Return how often the specification of each object has changed."""
-    kinds = "deployments,statefulsets,jobs,cronjobs,networkpolicies,poddisruptionbudgets"
-    return {
-        f"{one['kind']}/{one['metadata']['name']}": one["metadata"].get("generation", 0)
-        for one in kube.get(kinds)
-    }
-
-
 def identities(pods: Iterable[Manifest]) -> dict[str, int]:
     """Return uid and restarts of each pod, by which a test sees that none was replaced or restarted."""
     return {
