@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from progressdb_kms.domain.errors import SettingsInvalid
-from progressdb_kms.yamlfile import read_yaml
+from progressdb_kms.yamlfile import read_yaml, typed
 
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Seconds = Annotated[float, Meta(gt=0, le=86400)]
@@ -298,16 +298,7 @@ def parse_settings(document: Any, base: Path) -> Settings:  # noqa: ANN401 - wha
     Raises:
         SettingsInvalid: Says what is wrong, where, and what to change.
     """
-
-    def decode(kind: type, value: object) -> object:
-        if kind is Path and isinstance(value, str) and value:
-            return base / value
-        raise ValueError("must be a path")
-
-    try:
-        settings = msgspec.convert(document, Settings, dec_hook=decode)
-    except msgspec.ValidationError as error:
-        raise SettingsInvalid(f"configuration: {error}") from None
+    settings = typed(document, Settings, base, SettingsInvalid, "configuration")
     _check(settings)
     return settings
 

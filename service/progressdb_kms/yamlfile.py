@@ -1,16 +1,19 @@
-"""YAML files that people write: policy and configuration."""
+"""YAML files that people write: policy, configuration, what to provision."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import msgspec
 import yaml
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
-    from pathlib import Path
 
     from progressdb_kms.domain.errors import OperatorError
+
+T = TypeVar("T")
 
 
 class _Strict(yaml.SafeLoader):
@@ -52,3 +55,28 @@ def read_yaml(path: Path, error: type[OperatorError], what: str) -> Any:  # noqa
         where = f" at line {mark.line + 1}" if mark else ""
         twice = ": a key is given twice" if getattr(failure, "problem", "") == "given twice" else ""
         raise error(f"{what} {path} is not valid YAML{where}{twice}") from None
+
+
+def typed(document: Any, kind: type[T], base: Path, error: type[OperatorError], what: str) -> T:  # noqa: ANN401 - as read_yaml
+    """Check a document against its model; relative paths become relative to ``base``.
+
+    Args:
+        document: As YAML gave it.
+        kind: The model.
+        base: A folder.
+        error: What to raise.
+        what: How messages call it.
+
+    Raises:
+        OperatorError: ``error``: says what is wrong, and where.
+    """
+
+    def decode(wanted: type, value: object) -> object:
+        if wanted is Path and isinstance(value, str) and value:
+            return base / value
+        raise ValueError("must be a path")
+
+    try:
+        return msgspec.convert(document, kind, dec_hook=decode)
+    except msgspec.ValidationError as failure:
+        raise error(f"{what}: {failure}") from None

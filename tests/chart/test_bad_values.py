@@ -1,6 +1,8 @@
 """Bad values are refused before anything is created, with what to do."""
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from tests.chart.rendering import at, refusal, template
 
@@ -15,6 +17,9 @@ EXISTING = {
 }
 CLUSTER_ISSUER = {"name": "shared", "kind": "ClusterIssuer", "group": "cert-manager.io"}
 CHAT = {"name": "chat", "namespace": "chat"}
+PRIVATE = (
+    X25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
+)
 
 # What can't work together: values, and what the message says to do.
 COMBINATIONS = {
@@ -155,7 +160,7 @@ WRONG = {
     "backup.s3.endpoint": "http://minio:9000",
     "settings.log.level": "loud",
     "settings.destruction.waitingDays": 1,
-    "escrow.recipients": ["-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"],
+    "escrow.recipients": [PRIVATE],
     "externalStore.minReplicas": -1,
     "podSecurityContext.runAsUser": 0,
     "networkPolicy.apiServer.cidrs": ["anywhere"],

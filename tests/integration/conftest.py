@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.integration.world import World
+from tests.integration.world import Instance, World
 
 
 @pytest.fixture(scope="module")
@@ -29,3 +29,18 @@ def new_world() -> Iterator[Callable[..., World]]:
             failures.append(error)
     if failures:
         raise failures[0]
+
+
+@pytest.fixture(scope="module")
+def world(new_world: Callable[..., World]) -> World:
+    """Run one service on a store; modules that need another world have a fixture of this name."""
+    made = new_world()
+    made.store.start()
+    made.instance("a").start()
+    return made
+
+
+@pytest.fixture
+def service(world: World) -> Instance:
+    """Give the running service."""
+    return world.instances[0]

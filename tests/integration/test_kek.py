@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -21,21 +20,6 @@ from tests.integration.world import (
     kek_text,
     write_private,
 )
-
-
-@pytest.fixture(scope="module")
-def world(new_world: Callable[..., World]) -> World:
-    """Run one service."""
-    made = new_world()
-    made.store.start()
-    made.instance("a").start()
-    return made
-
-
-@pytest.fixture
-def service(world: World) -> Instance:
-    """Give the running service."""
-    return world.instances[0]
 
 
 @pytest.fixture

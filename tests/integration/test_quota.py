@@ -4,28 +4,10 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
 from typing import Any
-
-import pytest
 
 from tests.contract.wire_client import Client, assert_problem
 from tests.integration.world import POLICY, Instance, World, eventually, write_private
-
-
-@pytest.fixture(scope="module")
-def world(new_world: Callable[..., World]) -> World:
-    """Run one service."""
-    made = new_world()
-    made.store.start()
-    made.instance("a").start()
-    return made
-
-
-@pytest.fixture
-def service(world: World) -> Instance:
-    """Give the running service."""
-    return world.instances[0]
 
 
 def limit(service: Instance, **fields: Any) -> None:

@@ -4,30 +4,14 @@ from __future__ import annotations
 
 import json
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-import pytest
 from cryptography import x509
 
 from tests.contract.wire_client import Client, assert_problem
 from tests.integration.world import POLICY, Instance, World, eventually, write_private
 from tests.transport.pki import Ca
-
-
-@pytest.fixture(scope="module")
-def world(new_world: Callable[..., World]) -> World:
-    """Run one service."""
-    made = new_world()
-    made.store.start()
-    made.instance("a").start()
-    return made
-
-
-@pytest.fixture
-def service(world: World) -> Instance:
-    """Give the running service."""
-    return world.instances[0]
 
 
 @contextmanager

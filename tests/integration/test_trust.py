@@ -30,12 +30,6 @@ def world(new_world: Callable[..., World]) -> World:
     return made
 
 
-@pytest.fixture
-def service(world: World) -> Instance:
-    """Give the running service."""
-    return world.instances[0]
-
-
 class Traffic:
     """Sends encrypts at a steady rate, each thread over one connection at a time."""
 

@@ -20,6 +20,7 @@ from progressdb_kms.api.openapi import openapi_document
 from progressdb_kms.audit.chained import ChainedAuditLog
 from progressdb_kms.audit.pipes import PatientStream
 from progressdb_kms.bootstrap import audit as auditing
+from progressdb_kms.bootstrap.events import Events
 from progressdb_kms.bootstrap.parts import expected_store, kek_source, load_policy, make_vault
 from progressdb_kms.bootstrap.storing import store_settings
 from progressdb_kms.domain.errors import (
@@ -64,43 +65,6 @@ class Addresses:
     tcp: tuple[str, int] | None
     admin: tuple[str, int]
     unix: Path | None
-
-
-class Events:
-    """Tells metrics and log what the transport sees; implements its ``TransportEvents``."""
-
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
-
-    def handshake_refused(self, reason: str, peer: str) -> None:
-        """Count and log a refused handshake, so that operators see who is kept out, and why."""
-        self._metrics.handshake_refused(reason)
-        log.warning("handshake_refused", reason=reason, peer=peer)
-
-    def connection_opened(self, kind: str) -> None:
-        """Count it."""
-        self._metrics.connection_opened(kind)
-
-    def connection_closed(self, kind: str, why: str) -> None:
-        """Count it."""
-        self._metrics.connection_closed(kind, why)
-
-    def connection_refused(self, why: str) -> None:
-        """Count it."""
-        self._metrics.connection_refused(why)
-
-    def reloaded(self, what: str, ok: bool, detail: str) -> None:  # noqa: FBT001 - the port's signature
-        """Count and log a reload."""
-        self._metrics.reloaded(what, ok=ok)
-        if ok:
-            log.info("reloaded", what=what)
-        else:
-            log.error(
-                "reload_failed",
-                what=what,
-                detail=detail,
-                action="mend the files; the last good ones are in force",
-            )
 
 
 def openapi() -> dict[str, Any]:

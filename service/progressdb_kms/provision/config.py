@@ -17,7 +17,7 @@ from msgspec import Meta, Struct
 from progressdb_kms.domain.errors import SettingsInvalid
 from progressdb_kms.provision.passwords import unknown_users
 from progressdb_kms.transport.issuing import MAX_COMMON_NAME, Names
-from progressdb_kms.yamlfile import read_yaml
+from progressdb_kms.yamlfile import read_yaml, typed
 
 Namespace = Annotated[str, Meta(pattern="^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")]
 SecretName = Annotated[str, Meta(pattern="^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$")]
@@ -222,16 +222,7 @@ def parse_config(document: Any, base: Path) -> Provision:  # noqa: ANN401 - what
     Raises:
         SettingsInvalid: Says what is wrong, where, and what to change.
     """
-
-    def decode(kind: type, value: object) -> object:
-        if kind is Path and isinstance(value, str) and value:
-            return base / value
-        raise ValueError("must be a path")
-
-    try:
-        config = msgspec.convert(document, Provision, dec_hook=decode)
-    except msgspec.ValidationError as error:
-        raise SettingsInvalid(f"provisioning: {error}") from None
+    config = typed(document, Provision, base, SettingsInvalid, "provisioning")
     for problem in _problems(config):
         raise SettingsInvalid(f"provisioning: {problem}")
     return config
