@@ -48,8 +48,12 @@ class Release:
 
     def wait_ready(self) -> None:
         """Wait until all pods of the service and of the store are ready."""
-        self.kube("rollout", "status", f"statefulset/{self.name}-redis", "--timeout=300s", timeout=320)
+        self.wait_for_store()
         self.kube("rollout", "status", f"deployment/{self.name}", "--timeout=300s", timeout=320)
+
+    def wait_for_store(self) -> None:
+        """Wait until the store's pod is ready."""
+        self.kube("rollout", "status", f"statefulset/{self.name}-redis", "--timeout=300s", timeout=320)
 
     def provision_jobs(self) -> list[Manifest]:
         """Return the bootstrap's Jobs."""

@@ -153,6 +153,7 @@ def test_restore_drill(
 
     unready = [pod for pod in drill.service_pods() if not is_ready(pod)]
     assert len(unready) == len(drill.service_pods())
+    drill.wait_for_store()
     out = import_export(kube, target, name)
     drill.wait_ready()
     for where, job in ((release.kube, "drill-source"), (kube, "drill-target")):

@@ -164,15 +164,20 @@ class Client:
     def batch(self, path: str, items: Sequence[Mapping[str, object]]) -> list[dict[str, Any]]:
         """Return the result of each item, as a client would get it that asks again for what may be retried.
 
-        For tests whose subject is something else: a busy store's 503 for an item is no failure of theirs.
+        For tests whose subject is something else: a busy store's 503, for an item or for all, is no failure
+        of theirs.
         Creates need an idempotency key each.
         """
         results: dict[int, dict[str, Any]] = {}
         left = list(range(len(items)))
         end = time.monotonic() + PATIENCE
         while left:
-            answers = self.post(path, {"items": [items[number] for number in left]}).ok()["results"]
-            results |= dict(zip(left, answers, strict=True))
+            answer = self.post(path, {"items": [items[number] for number in left]})
+            if answer.status == 503:
+                assert time.monotonic() < end, answer.body
+                time.sleep(0.2)
+                continue
+            results |= dict(zip(left, answer.ok()["results"], strict=True))
             left = [number for number in left if results[number].get("error", {}).get("retryable")]
             assert not left or time.monotonic() < end, results[left[0]]
             time.sleep(0.2 if left else 0)

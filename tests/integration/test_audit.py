@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.contract.wire_client import Client, assert_problem
-from tests.integration.world import Instance, World, eventually, launch_all
+from tests.integration.world import PROMPT_STORE, Instance, World, eventually, launch_all
 
 STREAM, HEADS = "kms:{ctl}:audit", "kms:{ctl}:audit:heads"
 
@@ -49,8 +49,8 @@ def pair(world: World) -> list[Instance]:
     files.mkdir()
     key = str(world.root / "key" / "audit.yaml")
     first = {"key_file": key, "directory": str(files), "data_plane": "counted", "data_plane_interval": 1}
-    one = world.instance("one", audit=first)
-    two = world.instance("two", audit={"key_file": key, "data_plane": "each"})
+    one = world.instance("one", audit=first, store=PROMPT_STORE)
+    two = world.instance("two", audit={"key_file": key, "data_plane": "each"}, store=PROMPT_STORE)
     launch_all([one, two])
     return [one, two]
 

@@ -247,6 +247,20 @@ def test_sigterm_leaves_nothing_half_done(
     assert storage.names() == []
 
 
+def test_sigterm_stops_what_works_on_the_store(machine: Machine) -> None:
+    """Also the first process of a container, which no signal ends by itself, can be told to stop."""
+    machine.pause()
+    words = [sys.executable, "-m", "progressdb_kms.cli", "backup", "list", "--config", machine.config]
+    process = subprocess.Popen(list(map(str, words)), stderr=subprocess.PIPE, text=True)
+    try:
+        wait_until(lambda: has_a_socket(process.pid))
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        machine.resume()
+    assert (process.returncode, errors) == (75, "progressdb-kms: stopped: run it again\n")
+
+
 def test_storage_that_can_not_be_used(
     machine: Machine, storage: ObjectStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

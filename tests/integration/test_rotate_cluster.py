@@ -44,7 +44,8 @@ def test_four_processes_share_a_rotation(group: Group, tmp_path: Path) -> None:
         workers[0].process.kill()
         workers[0].process.wait()
         result = leader.result()
-        assert result["counts"]["rewrapped"] == KEYS
+        # What the killed one had written but not yet reported is counted by nobody; verified it is.
+        assert 0 < result["counts"]["rewrapped"] <= KEYS
         assert result["counts"]["verified"] == KEYS
         for worker in workers[1:]:
             assert worker.exit_code() == 0, worker.text

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.contract.wire_client import Client, assert_problem
-from tests.integration.world import World, eventually, launch_all
+from tests.integration.world import PROMPT_STORE, World, eventually, launch_all
 
 
 @pytest.fixture(scope="module")
@@ -17,8 +17,8 @@ def world(new_world: Callable[..., World]) -> World:
     """Run a service that may answer from memory while the store is away, and one that soon may not."""
     made = new_world()
     made.store.start()
-    patient = made.instance("patient", cache={"max_stale": 600})
-    impatient = made.instance("impatient", cache={"max_stale": 1.5})
+    patient = made.instance("patient", cache={"max_stale": 600}, store=PROMPT_STORE)
+    impatient = made.instance("impatient", cache={"max_stale": 1.5}, store=PROMPT_STORE)
     launch_all([patient, impatient])
     return made
 
@@ -122,7 +122,7 @@ def test_a_service_that_starts_before_its_store_waits_for_it(new_world: Callable
     Another one that is told to end while it waits ends with exit code 0.
     """
     world = new_world()
-    service, tired = world.instance("early").launch(), world.instance("tired").launch()
+    service, tired = (world.instance(name, store=PROMPT_STORE).launch() for name in ("early", "tired"))
     eventually(lambda: tired.probe("/livez") == 200)
     tired.stop()
     eventually(lambda: service.probe("/livez") == 200)

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -58,6 +58,10 @@ def eventually(check: Callable[[], T], what: str = "") -> T:
             return result
         assert time.monotonic() < end, f"never came true: {what or check}; last seen {result!r}"
         time.sleep(0.05)
+
+
+PROMPT_STORE: Final = {"command_timeout": 1.0}
+"""Store settings of an instance whose store is taken away; others bear a busy disk for longer."""
 
 
 def free_port() -> int:
@@ -129,7 +133,7 @@ class Instance:
             "tls": world.tls,
             "policy": str(self.policy),
             "kek": {"path": str(world.kek_file)},
-            "store": {"url": world.store.url, "command_timeout": 1.0},
+            "store": {"url": world.store.url, "command_timeout": 5.0},
             "drain": {"delay": 0.1, "timeout": 10},
         }
         for section, values in config.items():

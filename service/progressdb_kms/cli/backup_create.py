@@ -15,7 +15,7 @@ import click
 from progressdb_kms.cli.destinations import Destination, Folder, thin_out
 from progressdb_kms.cli.exportfiles import chunks_of, new_export
 from progressdb_kms.cli.exportnames import export_name, is_export
-from progressdb_kms.cli.operator import INCOMPLETE, RESUMABLE, config_option, export_file, on_store
+from progressdb_kms.cli.operator import INCOMPLETE, RESUMABLE, Stopped, config_option, export_file, on_store
 from progressdb_kms.cli.output import json_option, show_fields
 from progressdb_kms.domain.errors import BackupInvalid, KmsError
 from progressdb_kms.usecases import backup as usecase
@@ -180,7 +180,7 @@ def _told_of(config: Path) -> Iterator[Events]:
 
     Raises:
         click.ClickException: The body failed.
-        SystemExit: It was stopped by SIGTERM.
+        Stopped: By SIGTERM.
     """
     # Only here, as in cli.operator.
     from progressdb_kms.observability.logs import configure_logs  # noqa: PLC0415 - see above
@@ -190,13 +190,12 @@ def _told_of(config: Path) -> Iterator[Events]:
     settings = load_settings(config)
     configure_logs(settings.log.level, settings.log.format)
     events = pod_events("Backup", wanted=settings.rotation.events)
-    # A first process of a container has no default action for SIGTERM; and what is half done is removed.
+    # For what is done outside of on_store: what is half done is removed.
     signal.signal(signal.SIGTERM, _stop)
     try:
         yield events
-    except SystemExit:
-        click.echo("progressdb-kms: stopped: there is no new export; run it again", err=True)
-        raise
+    except (SystemExit, Stopped):
+        raise Stopped("stopped: there is no new export; run it again") from None
     except (KmsError, OSError) as error:
         if isinstance(error, KmsError):
             detail, code = error.detail, f" ({error.code})"
@@ -213,7 +212,7 @@ def _told_of(config: Path) -> Iterator[Events]:
 
 
 def _stop(_number: int, _frame: object) -> None:
-    # Of all exceptions asyncio passes on this one and KeyboardInterrupt at once.
+    # No library takes it for an error that it might try again after.
     raise SystemExit(RESUMABLE)
 
 

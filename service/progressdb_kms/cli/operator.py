@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -30,6 +31,12 @@ RESUMABLE = 75
 """Exit code: stopped before it was done, to be run again (EX_TEMPFAIL of sysexits.h)."""
 
 
+class Stopped(click.ClickException):
+    """SIGTERM came before the end."""
+
+    exit_code = RESUMABLE
+
+
 def on_vault(config: Path, command: str, action: Callable[[Vault], Awaitable[T]]) -> T:
     """Run something on the configured store; for what must work on an empty store too.
 
@@ -50,6 +57,7 @@ def on_store(
 
     Raises:
         KmsError: As the action does, or as ``bootstrap.open_vault``; and KekMismatch.
+        Stopped: SIGTERM came. The action was cancelled, so it has cleaned up.
     """
     # Only here: commands that call the service need neither Quart nor Redis.
     from progressdb_kms.bootstrap import open_vault  # noqa: PLC0415 - see above
@@ -59,6 +67,15 @@ def on_store(
     settings = load_settings(config)
 
     async def run() -> T:
+        # As asyncio.Runner does for SIGINT: an exception would end whatever task runs at the moment. A
+        # container's first process has no default action for a signal.
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+
+        def stop(_number: int, _frame: object) -> None:
+            if task is not None:
+                loop.call_soon_threadsafe(task.cancel)
+
+        signal.signal(signal.SIGTERM, stop)
         async with open_vault(settings, command) as (vault, keks):
             if registered:
                 # An empty store has no registry, and no such command may make one.
@@ -66,4 +83,10 @@ def on_store(
                 await keks.start(time.time())
             return await action(vault, keks)
 
-    return asyncio.run(run())
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        return asyncio.run(run())
+    except asyncio.CancelledError:
+        raise Stopped("stopped: run it again") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)

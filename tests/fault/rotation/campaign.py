@@ -19,7 +19,7 @@ from tests.fault.rotation.history import History, Violation, check_history
 from tests.fault.rotation.stored import Stored, check_store, read_store
 from tests.fault.rotation.traffic import FloorWatch, Recorder, Traffic, note
 from tests.integration.rotating import Job
-from tests.integration.world import Instance, World
+from tests.integration.world import PROMPT_STORE, Instance, World
 from tests.store.servers import ALWAYS
 
 LEASE = 1.5
@@ -90,7 +90,8 @@ class Campaign:
         # A cached key may serve while the store is away, though it was disabled right before (max_stale);
         # without that, "nothing succeeds after a disable" is a promise without exception.
         self.services = [
-            self.world.instance(name, cache={"max_stale": 0}, log={"level": "warning"}) for name in "ab"
+            self.world.instance(name, cache={"max_stale": 0}, log={"level": "warning"}, store=PROMPT_STORE)
+            for name in "ab"
         ]
         for service in self.services:
             service.start()

@@ -17,7 +17,7 @@ from tests.fault.rotation.history import History, Kind, Outcome
 from tests.fault.rotation.seeded import PAUSE_AT, SEEDS
 from tests.fault.rotation.traffic import Recorder
 from tests.integration.rotating import ROOT, Job
-from tests.integration.world import Instance, World, eventually
+from tests.integration.world import PROMPT_STORE, Instance, World, eventually
 from tests.store.servers import EVERYSEC
 
 SEEDED = "tests.fault.rotation.seeded"
@@ -53,7 +53,7 @@ def world(new_world: NewWorld) -> World:
 
 def seeded(world: World, name: str, *seeds: str, allow_data_loss: bool = False) -> Instance:
     """Make a service with bugs, not started."""
-    store = {"url": world.store.url, "allow_data_loss": allow_data_loss}
+    store = {**PROMPT_STORE, "allow_data_loss": allow_data_loss}
     made = world.instance(name, cache={"max_stale": 0}, store=store)
     made.module = SEEDED
     made.python = (sys.executable, {**os.environ, "PYTHONPATH": PATHS, SEEDS: ",".join(seeds)})
@@ -128,6 +128,8 @@ def test_an_ack_before_the_fsync(new_world: NewWorld, sound: bool) -> None:
     history = History()
     found: set[str] = set()
     recorder = Recorder(history, [a])
+    # What the start wrote is to be on disk: without its registry the store can't be read at all.
+    time.sleep(0 if sound else 2.5)
     # A cut right after the second's fsync loses nothing; five such moments in a row do not happen.
     for attempt in range(2 if sound else 5):
         for number in range(60):
