@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol, cast
 from urllib.parse import parse_qs
@@ -26,7 +27,7 @@ from progressdb_kms.usecases.messages import JSON, MSGPACK
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
-    from progressdb_kms.api.answering import Api
+    from progressdb_kms.api.answering import Api, Counted
     from progressdb_kms.api.call import Route
     from progressdb_kms.usecases.encryption import Hot, Loaded, Miss
     from progressdb_kms.usecases.session import Session
@@ -80,11 +81,12 @@ class ApiDoor:
     Args:
         api: What the app serves with.
         hot: The hot functions.
+        counted: Called for each answer, as ``Api.counted``.
         debug: Whether each request is logged.
     """
 
-    def __init__(self, api: Api, hot: Hot, *, debug: bool) -> None:
-        self._api = api
+    def __init__(self, api: Api, hot: Hot, counted: Counted, *, debug: bool) -> None:
+        self._api = replace(api, counted=counted)
         self._debug = debug
         self._routes = {(route.method, route.path): route for route in ROUTES if route.path in HOT_PATHS}
         self._hot: dict[str, HotFunction] = {

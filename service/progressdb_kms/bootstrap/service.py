@@ -172,7 +172,7 @@ class Service:
         debug = settings.log.level == "debug"
         self.server = Server(
             app=create_app(api, hot),
-            door=ApiDoor(api, hot, debug=debug) if settings.fast_door else None,
+            door=ApiDoor(api, hot, self.metrics.request_at_door, debug=debug) if settings.fast_door else None,
             admin_app=AdminApp(self.unready, self.metrics.render, CONTENT_TYPE),
             listen=settings.listen,
             admin=settings.admin,

@@ -68,6 +68,7 @@ class Metrics:
         self._sums = RequestSums()
         self.registry.register(self._sums)
         self.request = self._sums.request
+        self.request_at_door = self._sums.request_at_door
         self.dek_uses = self._sums.dek_uses
         self._cache = Counter(
             "kms_key_cache_lookups",

@@ -29,6 +29,7 @@ class RequestSums:
         self._buckets: dict[str, list[int]] = {}
         self._seconds: dict[str, float] = {}
         self._uses: dict[str, int] = {}
+        self._at_door = 0
 
     def request(self, route: str, status: int, code: str, identity_kind: str, seconds: float) -> None:
         """Count an answered request."""
@@ -40,6 +41,11 @@ class RequestSums:
             self._seconds[route] = 0.0
         buckets[bisect_left(LATENCY, seconds)] += 1
         self._seconds[route] += seconds
+
+    def request_at_door(self, route: str, status: int, code: str, identity_kind: str, seconds: float) -> None:
+        """Count a request that the fast door answered."""
+        self._at_door += 1
+        self.request(route, status, code, identity_kind, seconds)
 
     def dek_uses(self, operation: str, count: int) -> None:
         """Count messages encrypted or decrypted."""
@@ -62,6 +68,9 @@ class RequestSums:
                 [route], list(zip(bounds, accumulate(counts), strict=True)), self._seconds[route]
             )
         yield duration
+        yield CounterMetricFamily(
+            "kms_fast_door_requests", "Of the requests answered, those by the fast door.", self._at_door
+        )
         uses = CounterMetricFamily("kms_dek_uses", "Messages encrypted or decrypted.", labels=["operation"])
         for operation, count in self._uses.items():
             uses.add_metric([operation], count)
