@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import re
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import getrandbits
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 
 from progressdb_kms.api.call import Call, Route
+from progressdb_kms.api.loglimit import LogLimit
 from progressdb_kms.api.problems import status_of
 from progressdb_kms.domain import errors
 from progressdb_kms.domain.errors import KmsError
@@ -45,6 +46,7 @@ class Api:
         counted: Called for each answer: route, status, code, identity_kind, seconds.
         rotations: Tells of rotations.
         audit: Holds audit records.
+        lines: Keeps failed requests from flooding the log.
     """
 
     kms: Kms
@@ -53,6 +55,7 @@ class Api:
     counted: Counted
     rotations: RotationLedger
     audit: AuditStore
+    lines: LogLimit = field(default_factory=LogLimit)
 
     def body_limit(self, route: Route) -> int:
         """Return how many bytes a route's body may have."""
@@ -104,16 +107,22 @@ async def perform(route: Route, call: Call, limits: Limits) -> bytes:
 
 
 def explain(api: Api, route: str, error: Exception, request_id: str) -> KmsError:
-    """Write down why a request failed, and return what its caller may know of it."""
+    """Write down why a request failed, once a second for each kind, and return what its caller may know."""
     if not isinstance(error, KmsError):
         # The last stop before the wire: nothing of the exception's text may reach the caller.
-        log.error("internal_error", route=route, exc_info=error)
+        if (left_out := api.lines.allow((route, type(error)))) is not None:
+            log.error("internal_error", route=route, left_out=left_out, exc_info=error)
         return errors.InternalError()
     if isinstance(error, errors.PermissionDenied):
         api.kms.refusals.note(error, route, request_id)
-        log.info("refused", route=route, permission=error.permission, identity=error.identity)
-    elif status_of(error) >= 500:  # noqa: PLR2004 - the classes of status codes are common knowledge
-        log.warning("request_failed", route=route, code=error.code, detail=error.detail)
+        about = {"route": route, "permission": error.permission, "identity": error.identity}
+        if (left_out := api.lines.allow(tuple(about.values()))) is not None:
+            log.info("refused", **about, left_out=left_out)
+    elif (
+        status_of(error) >= 500  # noqa: PLR2004 - the classes of status codes are common knowledge
+        and (left_out := api.lines.allow((route, error.code))) is not None
+    ):
+        log.warning("request_failed", route=route, code=error.code, detail=error.detail, left_out=left_out)
     return error
 
 
