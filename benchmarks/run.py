@@ -1,9 +1,9 @@
 """Measure requests a second and CPU time a request over mTLS: create, encrypt and decrypt of 256 bytes.
 
 The service has one core to itself; the load generator (bombardier 1.2.6) and the store share the other. A
-bare Go server (``reference``) does the same cryptography over the same TLS and JSON and is the ceiling. Runs are
-interleaved, so that noise of the machine meets all alike; medians, the spread and the ratios to the reference
-are shown.
+bare Go server (``reference``) that does the same cryptography over the same TLS and JSON is the ceiling.
+Runs are interleaved, so that noise of the machine meets all alike; medians, the spread and the ratios to
+the reference are shown.
 """
 
 from __future__ import annotations
