@@ -107,8 +107,6 @@ class Line:
 
     def feed(self, data: bytes) -> None:
         """Give input to whom it belongs."""
-        if self.connection.phase is Phase.CLOSING:
-            return
         if self.handed_on is None:
             self.door.received(data)
         else:
@@ -276,6 +274,9 @@ def test_the_last_answer_closes() -> None:
     line = Line()
     line.feed(request("/last", b""))
     assert line.connection.phase is Phase.CLOSING
+    line.feed(request("/now", b""))
+    assert line.answers == [b"/last:"]
+    assert line.handed_on == request("/now", b"")
     line = Line()
     line.connection.close_after_response()
     line.feed(request("/later", b""))

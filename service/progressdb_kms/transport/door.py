@@ -138,6 +138,10 @@ class Door:
 
     def received(self, data: bytes) -> None:
         """Take input."""
+        if self._connection.phase is Phase.CLOSING:
+            # Read away only: whoever was told that the connection closes gets nothing done on it any more.
+            self._hand_on(data)
+            return
         if self._busy or self._buffer:
             self._gather(data)
             return
