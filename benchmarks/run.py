@@ -1,7 +1,9 @@
 """Measure requests a second and CPU time a request over mTLS: create, encrypt and decrypt of 256 bytes.
 
-The service has one core to itself; the load generator (bombardier 1.2.6) and the store share the other. Runs
-are interleaved, so that noise of the machine meets all operations alike; the median and the spread are shown.
+The service has one core to itself; the load generator (bombardier 1.2.6) and the store share the other. A
+bare Go server (``reference``) that does the same cryptography over the same TLS and JSON is the ceiling.
+Runs are interleaved, so that noise of the machine meets all alike; medians, the spread and the ratios to
+the reference are shown.
 """
 
 from __future__ import annotations
@@ -12,11 +14,13 @@ import json
 import os
 import shutil
 import signal
+import ssl
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,9 +39,20 @@ MESSAGE = b"m" * 256
 
 
 @dataclass(frozen=True)
+class Target:
+    """A server that is measured: where it is, its process, and path and body of each operation."""
+
+    name: str
+    url: str
+    pid: int
+    requests: dict[str, tuple[str, Path]]
+
+
+@dataclass(frozen=True)
 class Sample:
     """One run: rates, times in microseconds, and answers that were not 200."""
 
+    server: str
     operation: str
     connections: int
     per_second: float
@@ -59,21 +74,28 @@ def main() -> int:
     options = parser.parse_args()
     generator = find_generator()
     samples = []
-    with service() as ready, tempfile.TemporaryDirectory() as bodies:
-        requests = write_bodies(ready, Path(bodies))
+    with service() as ready, tempfile.TemporaryDirectory() as bodies, reference(ready) as (url, pid):
+        client = ready["clients"]["server"]
+        targets = [
+            Target("service", ready["url"], ready["pid"], write_bodies(ready, Path(bodies))),
+            Target("reference", url, pid, reference_bodies(url, ready, Path(bodies))),
+        ]
         for _ in range(options.runs):
             for connections in options.connections:
                 for operation in options.operations:
-                    path, body = requests[operation]
-                    samples.append(
-                        measure(generator, ready, operation, path, body, connections, options.seconds)
-                    )
-                    print(".", end="", file=sys.stderr, flush=True)
+                    for target in targets:
+                        if operation in target.requests:
+                            samples.append(
+                                measure(generator, target, client, operation, connections, options.seconds)
+                            )
+                            print(".", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     results = HERE / "results"
     results.mkdir(exist_ok=True)
-    (results / "latest.json").write_text(json.dumps([asdict(sample) for sample in samples], indent=1) + "\n")
+    report = ratios(samples) | {"samples": [asdict(sample) for sample in samples]}
+    (results / "latest.json").write_text(json.dumps(report, indent=1) + "\n")
     print_table(samples)
+    print("\n".join(f"{name}: {value:.2f}" for name, value in ratios(samples).items()))
     return 1 if any(sample.failed for sample in samples) else 0
 
 
@@ -122,6 +144,41 @@ def service() -> Iterator[dict[str, Any]]:
             process.wait()
 
 
+@contextmanager
+def reference(ready: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    """Build and run the bare Go server on the service's core; gives its URL and process id."""
+    if shutil.which("go") is None:
+        sys.exit("Go is missing: the reference server is built with it")
+    TOOLS.mkdir(exist_ok=True)
+    binary = TOOLS / "reference"
+    subprocess.run(["go", "build", "-o", str(binary), "."], cwd=HERE / "reference", check=True)
+    pki = Path(ready["ca"]).parent
+    command = [str(binary), "-ca", ready["ca"], "-cert", str(pki / "kms.crt"), "-key", str(pki / "kms.key")]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "GOMAXPROCS": "1"}
+    )
+    try:
+        port = int((process.stdout or sys.exit("no output")).readline())
+        pin(process.pid, 0)
+        yield f"https://localhost:{port}", process.pid
+    finally:
+        process.kill()
+        process.wait()
+
+
+def reference_bodies(url: str, ready: dict[str, Any], directory: Path) -> dict[str, tuple[str, Path]]:
+    """Return the reference's operations: the same message, sealed by itself."""
+    context = ssl.create_default_context(cafile=ready["ca"])
+    context.load_cert_chain(*ready["clients"]["server"].values())
+    request = urllib.request.Request(f"{url}/encrypt", (directory / "encrypt").read_bytes())  # noqa: S310 - our own server
+    with urllib.request.urlopen(request, context=context) as answer:  # noqa: S310 - likewise
+        sealed = json.load(answer)["ciphertext"]
+    key_id = json.loads((directory / "encrypt").read_text())["key_id"]
+    file = directory / "decrypt-reference"
+    file.write_text(json.dumps({"key_id": key_id, "ciphertext": sealed}))
+    return {"encrypt": ("/encrypt", directory / "encrypt"), "decrypt": ("/decrypt", file)}
+
+
 def pin(pid: int, core: int) -> None:
     """Keep all threads of a process on one core, where the machine has two."""
     if (os.cpu_count() or 1) > 1:
@@ -153,27 +210,22 @@ def write_bodies(ready: dict[str, Any], directory: Path) -> dict[str, tuple[str,
 
 
 def measure(
-    generator: Path,
-    ready: dict[str, Any],
-    operation: str,
-    path: str,
-    body: Path,
-    connections: int,
-    seconds: int,
+    generator: Path, target: Target, client: dict[str, str], operation: str, connections: int, seconds: int
 ) -> Sample:
     """Run the generator once against one route."""
-    client = ready["clients"]["server"]
+    path, body = target.requests[operation]
     command = [str(generator), "-m", "POST", "-f", str(body), "-H", "Content-Type: application/json", "-k"]
     command += ["--cert", client["cert"], "--key", client["key"], "-c", str(connections), "-d", f"{seconds}s"]
-    command += ["-l", "-p", "r", "-o", "json", ready["url"] + path]
+    command += ["-l", "-p", "r", "-o", "json", target.url + path]
     if (os.cpu_count() or 1) > 1:
         command = ["taskset", "-c", "1", *command]
-    before = cpu_seconds(ready["pid"])
+    before = cpu_seconds(target.pid)
     report = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["result"]
-    spent = cpu_seconds(ready["pid"]) - before
+    spent = cpu_seconds(target.pid) - before
     done = report["req2xx"]
     answered = sum(report[f"req{group}xx"] for group in range(1, 6)) + report["others"]
     return Sample(
+        server=target.name,
         operation=operation,
         connections=connections,
         per_second=done / report["timeTakenSeconds"],
@@ -192,19 +244,39 @@ def cpu_seconds(pid: int) -> float:
 
 def print_table(samples: list[Sample]) -> None:
     """Print medians, with the lowest and the highest rate of the runs."""
-    print("| operation | connections | req/s (min to max) | CPU us/request | p50 us | p99 us | failed |")
-    print("|---|---|---|---|---|---|---|")
-    for operation, connections in dict.fromkeys((sample.operation, sample.connections) for sample in samples):
-        group = [s for s in samples if (s.operation, s.connections) == (operation, connections)]
+    print("| operation | connections | server | req/s (min to max) | CPU us/req | p50 us | p99 us | failed |")
+    print("|---|---|---|---|---|---|---|---|")
+    for key in dict.fromkeys((sample.operation, sample.connections, sample.server) for sample in samples):
+        operation, connections, server = key
+        group = [s for s in samples if (s.operation, s.connections, s.server) == key]
         rates = [s.per_second for s in group]
         cpu, p50, p99 = (
             statistics.median(getattr(s, name) for s in group) for name in ("cpu_us", "p50_us", "p99_us")
         )
         spread = f"{min(rates):,.0f} to {max(rates):,.0f}"
         print(
-            f"| {operation} | {connections} | {statistics.median(rates):,.0f} ({spread})"
+            f"| {operation} | {connections} | {server} | {statistics.median(rates):,.0f} ({spread})"
             f" | {cpu:.0f} | {p50:,.0f} | {p99:,.0f} | {sum(s.failed for s in group)} |"
         )
+
+
+def ratios(samples: list[Sample]) -> dict[str, float]:
+    """Return the reference's CPU time over the service's, and the service's p99 over the reference's."""
+    found = {}
+    for operation in ("encrypt", "decrypt"):
+        for field, name in (("cpu_us", f"{operation}_vs_go"), ("p99_us", f"{operation}_p99_vs_go")):
+            ours, theirs = (
+                [
+                    getattr(s, field)
+                    for s in samples
+                    if (s.server, s.operation, s.connections) == (server, operation, 16)
+                ]
+                for server in ("service", "reference")
+            )
+            if ours and theirs:
+                ratio = statistics.median(ours) / statistics.median(theirs)
+                found[name] = ratio if field == "p99_us" else 1 / ratio
+    return found
 
 
 if __name__ == "__main__":

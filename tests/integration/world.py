@@ -115,7 +115,7 @@ class Instance:
     module = "progressdb_kms.cli"
 
     def __init__(
-        self, world: World, name: str, config: Mapping[str, Mapping[str, object]], user: int | None = None
+        self, world: World, name: str, config: Mapping[str, object], user: int | None = None
     ) -> None:
         self.world = world
         self.folder = world.root / name
@@ -137,7 +137,8 @@ class Instance:
             "drain": {"delay": 0.1, "timeout": 10},
         }
         for section, values in config.items():
-            document[section] = {**document.get(section, {}), **values}
+            merged = {**document.get(section, {}), **values} if isinstance(values, Mapping) else values
+            document[section] = merged
         self.config = self.folder / "config.yaml"
         self.config.write_text(json.dumps(document))
 
@@ -339,7 +340,7 @@ class World:
             return self.root / f"{stem}.crt", self.root / f"{stem}.key"
         return issued.write(self.root, stem)
 
-    def instance(self, name: str, *, user: int | None = None, **config: Mapping[str, object]) -> Instance:
+    def instance(self, name: str, *, user: int | None = None, **config: object) -> Instance:
         """Make an instance, not started."""
         self.instances.append(Instance(self, name, config, user))
         if self.owner is not None:

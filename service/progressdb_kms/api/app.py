@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-import re
-import secrets
 import time
-from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qs
 
@@ -22,53 +17,32 @@ from werkzeug.exceptions import (
 )
 from werkzeug.routing import BaseConverter
 
+from progressdb_kms.api.answering import (
+    Api,
+    authorise,
+    deadline,
+    explain,
+    given_request_id,
+    log_context,
+    new_request_id,
+    perform,
+)
 from progressdb_kms.api.call import Call, Route
 from progressdb_kms.api.openapi import openapi_document
-from progressdb_kms.api.problems import problem_of, status_of
+from progressdb_kms.api.problems import problem_of
 from progressdb_kms.api.routes import ROUTES
 from progressdb_kms.domain import errors
-from progressdb_kms.domain.errors import KmsError
-from progressdb_kms.usecases.encryption import Hot
 from progressdb_kms.usecases.messages import JSON, MSGPACK, encode
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from progressdb_kms.ports import RotationLedger
-    from progressdb_kms.ports.audit import AuditStore
-    from progressdb_kms.settings import Limits
-    from progressdb_kms.usecases.context import Kms
-    from progressdb_kms.usecases.loading import Loader
+    from progressdb_kms.usecases.encryption import Hot
     from progressdb_kms.usecases.session import Session
-
-    Counted = Callable[..., None]
 
 log = structlog.get_logger(__name__)
 
-_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _UNMATCHED: Final = "unmatched"
-
-
-@dataclass(frozen=True, slots=True)
-class Api:
-    """What the app serves with.
-
-    Attributes:
-        kms: The service.
-        loader: Fetches cold keys.
-        limits: Body sizes and times.
-        counted: Called for each answer: route, status, code, identity_kind, seconds.
-        rotations: Tells of rotations.
-        audit: Holds audit records.
-    """
-
-    kms: Kms
-    loader: Loader
-    limits: Limits
-    counted: Counted
-    rotations: RotationLedger
-    audit: AuditStore
 
 
 class _AnyText(BaseConverter):
@@ -78,7 +52,7 @@ class _AnyText(BaseConverter):
     part_isolating = False
 
 
-def create_app(api: Api) -> Quart:
+def create_app(api: Api, hot: Hot) -> Quart:
     """Build the ASGI app. It takes the caller's session from ``scope["state"]["kms.session"]``."""
     app = Quart("progressdb_kms", static_folder=None)
     # A path with // is no route: mended, it would be a redirect in HTML to whatever the Host header says.
@@ -90,7 +64,6 @@ def create_app(api: Api) -> Quart:
     app.url_map.merge_slashes = False
     app.url_map.converters["any_text"] = _AnyText
     app.config["BODY_TIMEOUT"] = None  # the dispatcher's own covers the whole body
-    hot = Hot(api.kms)
     document = openapi_document(api.limits)
 
     async def openapi(_call: Call) -> bytes:
@@ -111,19 +84,14 @@ def create_app(api: Api) -> Quart:
 
 
 def _view(api: Api, hot: Hot, route: Route) -> Callable[..., Awaitable[Response]]:
-    body_limit = api.limits.batch_body_bytes if route.batch else api.limits.body_bytes
+    body_limit = api.body_limit(route)
 
     async def view(**path: str) -> Response:
         async def respond(session: Session, request_id: str) -> tuple[str, bytes]:
             accept, content_type = _negotiate(needs_type=route.takes is not None and not route.body_optional)
-            async with _deadline(api.limits.body_timeout, errors.RequestTimeout):
+            async with deadline(api.limits.body_timeout, errors.RequestTimeout):
                 body = await _read_body(body_limit)
-            if route.permission is not None:
-                grants = session.grants()
-                # Before the body is looked at: whoever may do nothing here can't make the service parse for
-                # them. After it has arrived: an answer in the middle of a body costs the connection.
-                if not grants.allows_some(route.permission):
-                    grants.require(route.permission)
+            authorise(route, session)
             if route.takes is None and body.strip() not in {b"", b"{}", b"\x80"}:
                 raise errors.InvalidField("this route takes no body")
             call = Call(
@@ -141,9 +109,7 @@ def _view(api: Api, hot: Hot, route: Route) -> Callable[..., Awaitable[Response]
                 query=_query(),
                 idempotency_keys=request.headers.getlist("Idempotency-Key"),
             )
-            with session.request() if route.permission is not None else nullcontext():
-                async with _deadline(api.limits.request_timeout, errors.DeadlineExceeded):
-                    return accept, await route.handler(call)
+            return accept, await perform(route, call, api.limits)
 
         return await _answered(api, route.path, respond)
 
@@ -177,28 +143,19 @@ async def _answered(
     api: Api, route: str, respond: Callable[[Session, str], Awaitable[tuple[str, bytes]]]
 ) -> Response:
     began = time.perf_counter()
-    request_id = request.headers.get("X-Request-Id", "")
-    if not _REQUEST_ID.fullmatch(request_id):
-        request_id = secrets.token_hex(16)
+    request_id = given_request_id(request.headers.get("X-Request-Id", "")) or new_request_id()
     session: Session = request.scope["state"]["kms.session"]
-    bound = {"request_id": request_id}
-    traceparent = request.headers.get("traceparent", "")
-    if _TRACEPARENT.fullmatch(traceparent):
-        bound["traceparent"] = traceparent
     code = "ok"
-    with structlog.contextvars.bound_contextvars(**bound):
+    context = log_context(request_id, request.headers.get("traceparent", ""))
+    with structlog.contextvars.bound_contextvars(**context):
         try:
             content_type, body = await respond(session, request_id)
             response = Response(body, 200, content_type=content_type)
-        except KmsError as error:
-            code = error.code
-            response = _problem(api, route, error, request_id)
-        except (
-            Exception
-        ):  # the last stop before the wire: nothing of the exception's text may reach the caller
-            log.exception("internal_error", route=route)
-            code = errors.InternalError.code
-            response = _problem_response(errors.InternalError(), request_id)
+        except Exception as error:  # noqa: BLE001 - explained to log and caller
+            shown = explain(api, route, error, request_id)
+            code = shown.code
+            status, headers, body = problem_of(shown, request_id)
+            response = Response(body, status, headers=dict(headers))
         response.headers["X-Request-Id"] = request_id
         # Answers hold plaintext and keys: no cache on the way may keep them.
         response.headers["Cache-Control"] = "no-store"
@@ -211,28 +168,8 @@ async def _answered(
             identity=session.name,
             seconds=seconds,
         )
-    api.counted(
-        route=route,
-        status=response.status_code,
-        code=code,
-        identity_kind=str(session.identity.kind),
-        seconds=seconds,
-    )
+    api.counted(route, response.status_code, code, session.kind, seconds)
     return response
-
-
-def _problem(api: Api, route: str, error: KmsError, request_id: str) -> Response:
-    if isinstance(error, errors.PermissionDenied):
-        api.kms.refusals.note(error, route, request_id)
-        log.info("refused", route=route, permission=error.permission, identity=error.identity)
-    elif status_of(error) >= 500:  # noqa: PLR2004 - the classes of status codes are common knowledge
-        log.warning("request_failed", route=route, code=error.code, detail=error.detail)
-    return _problem_response(error, request_id)
-
-
-def _problem_response(error: KmsError, request_id: str) -> Response:
-    status, headers, body = problem_of(error, request_id)
-    return Response(body, status, headers=dict(headers))
 
 
 def _negotiate(*, needs_type: bool) -> tuple[str, str]:
@@ -294,20 +231,3 @@ async def _read_body(limit: int) -> bytes:
     except RequestEntityTooLarge:
         raise too_large from None
     return b"".join(parts)
-
-
-class _deadline:  # noqa: N801 - used like the function asyncio.timeout
-    """An ``asyncio.timeout`` that raises one of our errors."""
-
-    def __init__(self, seconds: float, error: type[KmsError]) -> None:
-        self._timeout = asyncio.timeout(seconds)
-        self._error = error
-
-    async def __aenter__(self) -> None:
-        await self._timeout.__aenter__()
-
-    async def __aexit__(self, *raised: Any) -> None:  # noqa: ANN401, PYI036 - handed on as it is
-        try:
-            await self._timeout.__aexit__(*raised)
-        except TimeoutError:
-            raise self._error from None

@@ -15,7 +15,9 @@ import structlog
 
 from progressdb_kms import __version__
 from progressdb_kms.api.admin import AdminApp
-from progressdb_kms.api.app import Api, create_app
+from progressdb_kms.api.answering import Api
+from progressdb_kms.api.app import create_app
+from progressdb_kms.api.door import ApiDoor
 from progressdb_kms.api.openapi import openapi_document
 from progressdb_kms.audit.chained import ChainedAuditLog
 from progressdb_kms.audit.pipes import PatientStream
@@ -38,6 +40,7 @@ from progressdb_kms.store.redis import RedisStore, open_store
 from progressdb_kms.transport.server import Server
 from progressdb_kms.transport.tls import TlsHolder
 from progressdb_kms.usecases.context import Bounds, Kms, boottime
+from progressdb_kms.usecases.encryption import Hot
 from progressdb_kms.usecases.keks import KekBook
 from progressdb_kms.usecases.keycache import DekCache
 from progressdb_kms.usecases.loading import Loader
@@ -157,17 +160,19 @@ class Service:
             vault=make_vault(self.store, self.source, kms.audit, f"service {instance}", self.store_id),
         )
         self.rotations = RotationWatch(self.keks, self.store.keys, self.store.rotation_ledger)
+        hot = Hot(kms)
+        api = Api(
+            kms,
+            loader,
+            settings.limits,
+            self.metrics.request,
+            self.store.rotation_ledger,
+            self.store.audit,
+        )
+        debug = settings.log.level == "debug"
         self.server = Server(
-            app=create_app(
-                Api(
-                    kms,
-                    loader,
-                    settings.limits,
-                    self.metrics.request,
-                    self.store.rotation_ledger,
-                    self.store.audit,
-                )
-            ),
+            app=create_app(api, hot),
+            door=ApiDoor(api, hot, self.metrics.request_at_door, debug=debug) if settings.fast_door else None,
             admin_app=AdminApp(self.unready, self.metrics.render, CONTENT_TYPE),
             listen=settings.listen,
             admin=settings.admin,

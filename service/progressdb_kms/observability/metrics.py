@@ -9,6 +9,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.process_collector import ProcessCollector
 
 from progressdb_kms import __version__
+from progressdb_kms.observability.sums import LATENCY, RequestSums
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from prometheus_client import Metric
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
-_LATENCY: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
 ROTATION: Final[dict[str, tuple[str, str]]] = {
@@ -65,22 +65,11 @@ class Metrics:
         Gauge(
             "kms_build_info", "Release of the running service.", ["version"], registry=self.registry
         ).labels(__version__).set(1)
-        self._requests = Counter(
-            "kms_requests",
-            "Requests answered.",
-            ["route", "status", "code", "identity_kind"],
-            registry=self.registry,
-        )
-        self._duration = Histogram(
-            "kms_request_duration_seconds",
-            "From the headers' end to the answer.",
-            ["route"],
-            buckets=_LATENCY,
-            registry=self.registry,
-        )
-        self._uses = Counter(
-            "kms_dek_uses", "Messages encrypted or decrypted.", ["operation"], registry=self.registry
-        )
+        self._sums = RequestSums()
+        self.registry.register(self._sums)
+        self.request = self._sums.request
+        self.request_at_door = self._sums.request_at_door
+        self.dek_uses = self._sums.dek_uses
         self._cache = Counter(
             "kms_key_cache_lookups",
             "Look-ups that did not end in memory.",
@@ -135,7 +124,7 @@ class Metrics:
             "kms_store_round_trip_seconds",
             "Round trips to the store.",
             ["lane"],
-            buckets=_LATENCY,
+            buckets=LATENCY,
             registry=self.registry,
         )
 
@@ -145,7 +134,7 @@ class Metrics:
         self._audit_commit = Histogram(
             "kms_audit_commit_seconds",
             "To make audit records durable.",
-            buckets=_LATENCY,
+            buckets=LATENCY,
             registry=self.registry,
         )
         self._audit_failures = Counter(
@@ -185,15 +174,6 @@ class Metrics:
     def render(self) -> bytes:
         """Return the exposition in Prometheus's text format."""
         return generate_latest(self.registry)
-
-    def request(self, *, route: str, status: int, code: str, identity_kind: str, seconds: float) -> None:
-        """Count an answered request."""
-        self._requests.labels(route, str(status), code, identity_kind).inc()
-        self._duration.labels(route).observe(seconds)
-
-    def dek_uses(self, operation: str, count: int) -> None:
-        """Count messages encrypted or decrypted."""
-        self._uses.labels(operation).inc(count)
 
     def cache(self, outcome: str, count: int = 1) -> None:
         """Count look-ups that did not end in memory."""

@@ -65,6 +65,7 @@ class Connection:
         self._closes_at = self.opened_at + max_age
         self.deadline = self.opened_at + limits.idle_timeout
         self._writing = False
+        self.late: Callable[[], None] | None = None
         self._transport: asyncio.WriteTransport | None = None
         self._stop_reading: Callable[[], None] | None = None
 
@@ -96,6 +97,15 @@ class Connection:
     def bytes_taken(self, count: int) -> None:
         """Note input that went on to the HTTP parser."""
         self.unread -= count
+
+    def body_began(self, late: Callable[[], None]) -> None:
+        """Note complete headers of a request whose body the connection itself waits for.
+
+        Args:
+            late: Answers it when body_timeout is over; to be set to None when the body is there.
+        """
+        self.late = late
+        self.deadline = self._now() + self._limits.body_timeout
 
     def request_began(self) -> None:
         """Note complete headers. From here on the app keeps the time (body_timeout, request_timeout)."""
@@ -160,6 +170,9 @@ class Connection:
             self.abort("write")
         elif self.phase is Phase.CLOSING:
             self.abort(self.why)
+        elif self.late is not None:
+            self.late()
+            self.finish("body", answered=True)
         elif self.phase is Phase.HEADERS:
             # No answer is under way in this phase, so these bytes can't end up inside one.
             if self._transport is not None and not self._transport.is_closing():
@@ -178,21 +191,53 @@ class ConnectionProtocol(asyncio.StreamReaderProtocol):
         self.reader = asyncio.StreamReader(limit=READ_BUFFER, loop=loop)
         super().__init__(self.reader, loop=loop)
         self._connection: Connection | None = None
-        self._early = 0
+        self._early = bytearray()
+        self._door: Callable[[bytes], None] | None = None
+        self._blocked = False
 
-    def attach(self, connection: Connection) -> None:
-        """Tell ``connection`` of input from now on, and of what came before it existed."""
+    @property
+    def blocked(self) -> bool:
+        """Whether the transport holds so much output that it asked for a pause."""
+        return self._blocked
+
+    def attach(self, connection: Connection, door: Callable[[bytes], None] | None = None) -> None:
+        """Tell ``connection`` of input from now on, and of what came before it existed.
+
+        Args:
+            connection: The entry in the registry.
+            door: Gets the input until ``hand_on`` is called.
+        """
         self._connection = connection
-        if self._early:
-            connection.bytes_arrived(self._early)
+        self._door = door
+        early, self._early = bytes(self._early), bytearray()
+        if early:
+            self.data_received(early)
+
+    def hand_on(self, data: bytes) -> None:
+        """Give input that the door has taken to the stream reader, and what follows to it only."""
+        self._door = None
+        super().data_received(data)
 
     def data_received(self, data: bytes) -> None:
         """Take input from the event loop."""
-        if self._connection is None:
-            self._early += len(data)
+        if self._door is not None:
+            self._door(data)
+        elif self._connection is None:
+            # For a few turns of the event loop at most: until the certificate has been looked at.
+            self._early += data
         else:
             self._connection.bytes_arrived(len(data))
-        super().data_received(data)
+            super().data_received(data)
+
+    def pause_writing(self) -> None:
+        """Note that the transport holds enough output."""
+        self._blocked = True
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        """Note that the peer has taken it."""
+        self._blocked = False
+        super().resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Take the end of the connection: nothing more can be sent, whatever is still being worked on."""

@@ -6,13 +6,14 @@ import asyncio
 import logging
 import ssl
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from hypercorn.asyncio.tcp_server import MAX_RECV, TCPServer
 from hypercorn.events import Closed, Event, RawData, Updated
 from hypercorn.typing import ConnectionState
 
-from progressdb_kms.transport.connection import CLOSE_GRACE, Connection, Phase
+from progressdb_kms.transport.connection import CLOSE_GRACE, Connection, ConnectionProtocol, Phase
+from progressdb_kms.transport.door import PIECE, Door, DoorApp
 from progressdb_kms.transport.http1 import Http1
 from progressdb_kms.transport.inbox import ConnectionTasks, where
 
@@ -21,12 +22,12 @@ if TYPE_CHECKING:
     from hypercorn.config import Config
     from hypercorn.typing import AppWrapper
 
+    from progressdb_kms.settings import Limits
+
 log = logging.getLogger(__name__)
 
 # In seconds: a peer that is silent for so long has sent what it had to say.
 LINGER_PAUSE = 0.5
-# An answer is written in pieces of so many bytes, and about so many wait in memory for the peer.
-PIECE = 2**16
 
 
 class Exchange(TCPServer):
@@ -40,9 +41,12 @@ class Exchange(TCPServer):
         reader: The connection's input.
         writer: The connection's output.
         connection: Its entry in the registry.
+        protocol: The event loop's end of it.
+        door: Knows the hot routes; None where all requests go through the app.
+        limits: Sizes and times of the door.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - Hypercorn's six, and ours by name
         self,
         app: AppWrapper,
         config: Config,
@@ -51,11 +55,19 @@ class Exchange(TCPServer):
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         connection: Connection,
+        *,
+        protocol: ConnectionProtocol,
+        door: DoorApp | None,
+        limits: Limits,
     ) -> None:
         super().__init__(app, asyncio.get_running_loop(), config, context, state, reader, writer)
         self.connection = connection
         self.http: Http1
         self._reading: asyncio.Task[None] | None = None
+        self._protocol = protocol
+        self._limits = limits
+        self._door_app = door
+        self._door: Door | None = None
 
     async def run(self) -> None:
         """Serve until either side closes; returns when the socket is closed and no task is left."""
@@ -64,7 +76,8 @@ class Exchange(TCPServer):
         client, server = _address(self.writer, "peername"), _address(self.writer, "sockname")
         secure = self.writer.get_extra_info("ssl_object") is not None
         try:
-            async with ConnectionTasks(self.loop) as tasks:
+            tasks = ConnectionTasks(self.loop)
+            async with tasks:
                 self.http = Http1(
                     self.app,
                     self.config,
@@ -77,6 +90,9 @@ class Exchange(TCPServer):
                     self.protocol_send,
                     connection=self.connection,
                 )
+                if self._door_app is not None:
+                    self._door = self._open_door(self._door_app, tasks)
+                self._protocol.attach(self.connection, self._door.received if self._door else None)
                 self._reading = self.loop.create_task(self._read_data())
                 await self._reading_ended(self._reading)
         except ExceptionGroup as group:
@@ -86,6 +102,19 @@ class Exchange(TCPServer):
             self.connection.abort("error")
         finally:
             await self._close()
+
+    def _open_door(self, app: DoorApp, tasks: ConnectionTasks) -> Door:
+        return Door(
+            app=app,
+            session=self.state["kms.session"],
+            connection=self.connection,
+            transport=cast("asyncio.Transport", self.writer.transport),
+            hand_on=self._protocol.hand_on,
+            start=tasks.start,
+            write=self._write,
+            blocked=lambda: self._protocol.blocked,
+            limits=self._limits,
+        )
 
     async def protocol_send(self, event: Event) -> None:
         """Carry out what the protocol asks for: bytes to send, the connection's end, a change of phase."""
@@ -108,6 +137,8 @@ class Exchange(TCPServer):
                     if self.writer.is_closing():
                         break  # uvloop raises for it, asyncio warns; the app hears of it through its inbox
                     self.writer.write(data[start : start + PIECE])
+                    await self.writer.drain()
+                if not data:
                     await self.writer.drain()
             except (ConnectionError, ssl.SSLError):
                 await self.http.handle(Closed())
@@ -133,6 +164,8 @@ class Exchange(TCPServer):
             reading.cancel()
         if not reading.cancelled():
             reading.result()
+        if self._door is not None:
+            self._door.close()
         await self.http.handle(Closed())
 
     def _stop_reading(self) -> None:

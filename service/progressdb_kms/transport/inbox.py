@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hypercorn.asyncio.task_group import TaskGroup
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Coroutine
 
     from hypercorn.config import Config
     from hypercorn.typing import AppWrapper, ASGIReceiveEvent, ASGISendEvent, Scope
@@ -60,6 +60,10 @@ class Inbox:
 
 class ConnectionTasks(TaskGroup):
     """The tasks of one connection: its reading and the app's request. Leaving it waits for both."""
+
+    def start(self, work: Callable[..., Coroutine[Any, Any, None]], *args: object) -> asyncio.Task[None]:
+        """Start a task of this connection."""
+        return self._task_group.create_task(work(*args))
 
     async def spawn_app(
         self,

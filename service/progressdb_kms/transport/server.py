@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from progressdb_kms.domain.identity import Identity
     from progressdb_kms.settings import Admin, Drain, Limits, Listen, UnixListen
+    from progressdb_kms.transport.door import DoorApp
     from progressdb_kms.transport.events import TransportEvents
     from progressdb_kms.transport.tls import TlsHolder
     from progressdb_kms.transport.trust import Chain
@@ -61,6 +62,7 @@ class Server:
         tls: The TLS context; None where ``listen`` has no TCP address.
         session_for: Makes what the app gets as ``kms.session``, once per connection.
         events: Told what happens.
+        door: The app's hot routes, for the fast door; None: it is closed.
     """
 
     def __init__(  # noqa: PLR0913 - the parts of a server, each named by the caller
@@ -75,6 +77,7 @@ class Server:
         tls: TlsHolder | None,
         session_for: Callable[[Identity], object],
         events: TransportEvents,
+        door: DoorApp | None = None,
     ) -> None:
         self._app = ASGIWrapper(app)
         self._admin_app = ASGIWrapper(admin_app)
@@ -85,6 +88,7 @@ class Server:
         self._tls = tls
         self._session_for = session_for
         self._events = events
+        self._door = door
         self._config = http_config(limits.header_bytes)
         self._context = WorkerContext(None)
         self._tasks: dict[asyncio.Task[None], str] = {}
@@ -339,10 +343,20 @@ class Server:
             state["kms.session"] = self._session_for(connection.identity)
             state["kms.identity"] = connection.identity
             state["kms.connection"] = connection
-        protocol.attach(connection)
         reader = protocol.reader
         writer = asyncio.StreamWriter(transport, protocol, reader, asyncio.get_running_loop())
-        await Exchange(app, self._config, self._context, state, reader, writer, connection).run()
+        await Exchange(
+            app,
+            self._config,
+            self._context,
+            state,
+            reader,
+            writer,
+            connection,
+            protocol=protocol,
+            door=self._door if connection.identity is not None else None,
+            limits=self._limits,
+        ).run()
 
     def _judge(self, tls: TlsHolder) -> None:
         # At once, whatever is under way: whoever is not trusted any more gets no further plaintext.

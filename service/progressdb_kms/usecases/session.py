@@ -75,16 +75,23 @@ class Session:
         clock: Gives Unix seconds.
     """
 
-    __slots__ = ("_book", "_clock", "_compiled_from", "_grants", "_quota", "identity", "name")
+    __slots__ = ("_book", "_clock", "_compiled_from", "_grants", "_quota", "identity", "kind", "name")
 
     def __init__(self, identity: Identity, book: PolicyBook, clock: Callable[[], float]) -> None:
         self.identity = identity
         self.name = str(identity)
+        self.kind = str(identity.kind)
         self._book = book
         self._clock = clock
         self._compiled_from = book.policy
         self._grants = book.policy.grants(identity)
         self._quota = book.quota(identity)
+
+    @property
+    def limited(self) -> bool:
+        """Whether the caller has limits, so that its requests must be held by ``request``."""
+        self._compile()
+        return self._quota is not None
 
     def grants(self) -> Grants:
         """Return what the caller may do now.

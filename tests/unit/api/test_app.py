@@ -12,11 +12,13 @@ import msgspec
 import pytest
 import quart.typing
 
-from progressdb_kms.api.app import Api, create_app
+from progressdb_kms.api.answering import Api
+from progressdb_kms.api.app import create_app
 from progressdb_kms.api.problems import PROBLEM_JSON
 from progressdb_kms.api.routes import ROUTES
 from progressdb_kms.domain.identity import Identity, IdentityKind
 from progressdb_kms.settings import Limits
+from progressdb_kms.usecases.encryption import Hot
 from progressdb_kms.usecases.session import Session
 from tests.unit.helpers import World
 
@@ -88,10 +90,22 @@ class Service:
                 world.kms,
                 world.loader,
                 limits,
-                lambda **fields: self.counted.append(fields),
+                self._count,
                 world.store.rotation_ledger,
                 world.store.audit,
-            )
+            ),
+            Hot(world.kms),
+        )
+
+    def _count(self, route: str, status: int, code: str, identity_kind: str, seconds: float) -> None:
+        self.counted.append(
+            {
+                "route": route,
+                "status": status,
+                "code": code,
+                "identity_kind": identity_kind,
+                "seconds": seconds,
+            }
         )
 
     def __call__(self, name: str = "server") -> Caller:

@@ -14,7 +14,7 @@ UNITS = ("_seconds", "_bytes", "_timestamp_seconds")
 def filled() -> Metrics:
     """Return metrics with every kind of thing counted once."""
     metrics = Metrics()
-    metrics.request(route="/encrypt", status=200, code="ok", identity_kind="dns", seconds=0.001)
+    metrics.request("/encrypt", 200, "ok", "dns", 0.001)
     metrics.dek_uses("encrypt", 3)
     metrics.cache("miss", 2)
     metrics.uses_warning("dek")

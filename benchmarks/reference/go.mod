@@ -1,0 +1,3 @@
+module progressdb-kms-reference
+
+go 1.21

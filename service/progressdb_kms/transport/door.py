@@ -1,0 +1,300 @@
+"""The fast door: answers ordinary requests for hot routes without a task, a framework or a second parser.
+
+A connection begins at the door. Its input is looked at as it comes: exactly one whole, wholly ordinary
+request (``transport.ordinary``) for a route that the app has made ready is answered on the spot, or, where
+the answer has to wait for the store, by one task. Anything else goes on unchanged to Hypercorn, and so does
+all that ever follows on this connection: from then on its parser alone knows where the next request begins.
+
+What keeps it honest:
+
+- It takes a strict subset of what the slow way takes, with the same handlers, checks, limits and errors.
+- Order: while an answer is outstanding nothing that follows is looked at, only kept, up to a bound.
+- A request in pieces is kept until it is whole, under the deadlines that the slow way has.
+- A peer that does not read its answers is not read from either, and is cut at the write deadline.
+- Drain, revocation, age, idle time and the count of connections see one connection, whoever answers.
+"""
+
+from __future__ import annotations
+
+import time
+from email.utils import formatdate
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
+
+from progressdb_kms.transport.connection import READ_BUFFER, Connection, Phase
+from progressdb_kms.transport.ordinary import HEAD_END, Head, parse_head
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Awaitable, Callable
+
+    from progressdb_kms.settings import Limits
+
+    Later = Callable[[], Awaitable["RawAnswer"]]
+
+# The same as one write of the slow way's.
+PIECE: Final = 2**16
+_CLOSE: Final = b"connection: close\r\n"
+_STATUS: Final = {status.value: b"HTTP/1.1 %d \r\n" % status for status in HTTPStatus}
+
+
+RawAnswer: TypeAlias = tuple[int, bytes, bytes, bool]
+"""Status, header lines, body, and whether the connection must close after it."""
+
+
+class Ready(Protocol):
+    """One kind of request, made ready from its head: the same head is not looked at twice."""
+
+    body_limit: int
+    """Bytes; a longer body is the slow way's to refuse."""
+
+    def answer(self, session: object, body: bytes) -> RawAnswer | Later:
+        """Answer a request, or return what will; neither ever raises but for cancellation."""
+
+    def late(self, session: object) -> RawAnswer:
+        """Answer a request whose body did not come in time."""
+
+
+class DoorApp(Protocol):
+    """What the app has to say about hot routes."""
+
+    starts: tuple[bytes, ...]
+    """How the request lines of hot routes begin."""
+
+    def ready(self, head: Head) -> Ready | None:
+        """Make a request ready to be answered; None for the slow way."""
+
+
+class Door:
+    """The fast door of one connection.
+
+    Args:
+        app: Knows the hot routes.
+        session: What the connection proved, as the app made it.
+        connection: Its entry in the registry.
+        transport: Its output.
+        limits: Sizes in bytes and times in seconds.
+        hand_on: Gives input, already counted, to the slow way; after it the door is never asked again.
+        start: Runs a coroutine function as a task of the connection.
+        write: Writes an answer in pieces and waits until the peer has taken it.
+        blocked: Tells whether the transport asked for a pause in writing.
+    """
+
+    __slots__ = (
+        "_app",
+        "_blocked",
+        "_buffer",
+        "_busy",
+        "_connection",
+        "_hand_on",
+        "_head",
+        "_length",
+        "_limits",
+        "_paused",
+        "_ready",
+        "_session",
+        "_start",
+        "_task",
+        "_transport",
+        "_whole",
+        "_write",
+    )
+
+    def __init__(  # noqa: PLR0913 - the parts of a connection, each named by the caller
+        self,
+        *,
+        app: DoorApp,
+        session: object,
+        connection: Connection,
+        transport: asyncio.Transport,
+        limits: Limits,
+        hand_on: Callable[[bytes], None],
+        start: Callable[..., asyncio.Task[None]],
+        write: Callable[[bytes], Awaitable[None]],
+        blocked: Callable[[], bool],
+    ) -> None:
+        self._app = app
+        self._session = session
+        self._connection = connection
+        self._transport = transport
+        self._limits = limits
+        self._hand_on = hand_on
+        self._start = start
+        self._write = write
+        self._blocked = blocked
+        self._head = b""
+        self._ready: Ready | None = None
+        self._length = 0
+        self._buffer = bytearray()
+        self._whole = 0  # bytes of the request that is being gathered, once its head is known
+        self._busy = False
+        self._paused = False
+        self._task: asyncio.Task[None] | None = None
+
+    def close(self) -> None:
+        """Give up the answer that is outstanding: nobody is there to take it."""
+        if self._task is not None:
+            self._task.cancel()
+
+    def received(self, data: bytes) -> None:
+        """Take input."""
+        if self._connection.phase is Phase.CLOSING:
+            # Read away only: whoever was told that the connection closes gets nothing done on it any more.
+            self._hand_on(data)
+            return
+        if self._busy or self._buffer:
+            self._gather(data)
+            return
+        end = data.find(HEAD_END) + 4
+        if end > 3:  # noqa: PLR2004 - found
+            ready = self._ready if data[:end] == self._head else self._make_ready(data[:end])
+            if ready is not None and len(data) == end + self._length:
+                self._answer(ready, data[end:])
+                return
+        self._gather(data)
+
+    def _gather(self, data: bytes) -> None:
+        """Keep what is no whole request, as far as it may still become one."""
+        self._connection.bytes_arrived(len(data))
+        self._buffer += data
+        if not self._busy:
+            self._look()
+        elif len(self._buffer) > READ_BUFFER and not self._paused:
+            self._paused = True
+            self._transport.pause_reading()
+
+    def _look(self) -> None:
+        """Decide on what has been kept."""
+        buffer, connection = self._buffer, self._connection
+        if not self._whole:
+            end = buffer.find(HEAD_END) + 4
+            if end <= 3:  # noqa: PLR2004 - not found
+                if len(buffer) > self._limits.header_bytes or not self._may_become_hot():
+                    self._give_up()
+                return
+            head = bytes(buffer[:end])
+            if head != self._head:
+                self._make_ready(head)
+            if self._ready is None or len(buffer) > end + self._length:
+                self._give_up()
+                return
+            self._whole = end + self._length
+            connection.body_began(self._late)
+        if len(buffer) > self._whole:
+            # What follows came before this one was answered: a pipeline, whose order is the parser's.
+            self._give_up()
+        elif len(buffer) == self._whole and self._ready is not None:
+            body = bytes(buffer[len(self._head) :])
+            self._forget()
+            connection.bytes_taken(len(self._head) + len(body))
+            self._answer(self._ready, body)
+
+    def _may_become_hot(self) -> bool:
+        start = bytes(self._buffer[:96])
+        return start.startswith(self._app.starts) or any(hot.startswith(start) for hot in self._app.starts)
+
+    def _make_ready(self, data: bytes) -> Ready | None:
+        self._head, self._ready = data, None
+        if len(data) <= self._limits.header_bytes and data.startswith(self._app.starts):
+            head = parse_head(data)
+            if head is not None:
+                ready = self._app.ready(head)
+                if ready is not None and head.length <= ready.body_limit:
+                    self._ready, self._length = ready, head.length
+        return self._ready
+
+    def _forget(self) -> None:
+        self._buffer = bytearray()
+        self._whole = 0
+        self._connection.late = None
+        self._resume()
+
+    def _resume(self) -> None:
+        if self._paused:
+            self._paused = False
+            self._transport.resume_reading()
+
+    def _give_up(self) -> None:
+        """Leave this connection to the slow way, with all that it has not answered."""
+        data = bytes(self._buffer)
+        self._forget()
+        self._hand_on(data)
+
+    def _late(self) -> None:
+        """Answer a request whose body did not come in time."""
+        ready = self._ready
+        if ready is not None:
+            self._forget()
+            self._send(ready.late(self._session))
+
+    def _answer(self, ready: Ready, body: bytes) -> None:
+        answer = ready.answer(self._session, body)
+        if isinstance(answer, tuple) and len(answer[2]) <= PIECE:
+            self._send(answer)
+        else:
+            self._busy = True
+            self._connection.request_began()
+            self._task = self._start(self._finish, answer)
+
+    def _send(self, answer: RawAnswer) -> None:
+        """Send an answer that fits into one piece."""
+        connection, transport = self._connection, self._transport
+        if connection.phase is Phase.CLOSING or transport.is_closing():
+            return
+        close = answer[3] or connection.last_answer
+        transport.write(_bytes_of(answer, close=close))
+        if close:
+            connection.finish("done", answered=True)
+        elif self._blocked():
+            self._busy = True
+            connection.request_began()
+            self._task = self._start(self._flush)
+        else:
+            connection.request_done(buffered=bool(self._buffer))
+
+    async def _finish(self, answer: RawAnswer | Later) -> None:
+        """Wait for an answer if need be, and send it, however long it is."""
+        if not isinstance(answer, tuple):
+            answer = await answer()
+        connection = self._connection
+        if connection.phase is Phase.CLOSING:
+            return
+        close = answer[3] or connection.last_answer
+        await self._write(_bytes_of(answer, close=close))
+        if close:
+            connection.finish("done", answered=True)
+        else:
+            self._go_on()
+
+    async def _flush(self) -> None:
+        """Wait until the peer has taken what was written."""
+        await self._write(b"")
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Look at what came while an answer was outstanding."""
+        self._busy = False
+        self._connection.request_done(buffered=bool(self._buffer))
+        if self._buffer and self._connection.phase is not Phase.CLOSING:
+            self._resume()
+            self._look()
+
+
+def _bytes_of(answer: RawAnswer, *, close: bool) -> bytes:
+    status, head, body, _ = answer
+    return b"%b%b%b%b%b" % (_STATUS[status], head, _CLOSE if close else b"", _date(), body)
+
+
+class _Clock:
+    """The Date field, made once a second."""
+
+    second = 0
+    line = b""
+
+
+def _date() -> bytes:
+    now = int(time.time())
+    if now != _Clock.second:
+        _Clock.second = now
+        _Clock.line = b"date: %b\r\n\r\n" % formatdate(now, usegmt=True).encode()
+    return _Clock.line

@@ -1,0 +1,330 @@
+"""The fast door by itself: however a stream is cut, each request is answered in order, or handed on."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Generator
+from functools import partial
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from progressdb_kms.settings import Limits
+from progressdb_kms.transport.connection import READ_BUFFER, Connection, Phase
+from progressdb_kms.transport.door import Door, RawAnswer, Ready
+from progressdb_kms.transport.ordinary import Head
+
+LIMITS = Limits(header_bytes=1024, body_bytes=1024, plaintext_bytes=1)
+
+
+class Pause:
+    """An awaitable that takes a step, as a store's answer does."""
+
+    def __await__(self) -> Generator[None, None, None]:
+        yield
+
+
+class Echo:
+    """Answers with the path and the body; ``/later`` does not know the answer at once."""
+
+    body_limit = 100
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def answer(self, session: object, body: bytes) -> RawAnswer | Callable[[], Awaitable[RawAnswer]]:
+        """Answer, or return what waits."""
+        assert session == "the session"
+        answer = 200, b"", self.path.encode() + b":" + body, self.path == "/last"
+        return partial(self._wait, answer) if self.path == "/later" else answer
+
+    async def _wait(self, answer: RawAnswer) -> RawAnswer:
+        await Pause()
+        return answer
+
+    def late(self, session: object) -> RawAnswer:
+        """Refuse."""
+        assert session == "the session"
+        return 408, b"", b"late", True
+
+
+class App:
+    """Three hot routes."""
+
+    starts: tuple[bytes, ...] = (b"POST /now HTTP/1.1", b"POST /later HTTP/1.1", b"POST /last HTTP/1.1")
+
+    def ready(self, head: Head) -> Ready | None:
+        """Know the route, unless a field asks for something else."""
+        return None if "odd" in head.fields else Echo(head.path)
+
+
+class Task:
+    """A coroutine that the test runs step by step."""
+
+    def __init__(self, work: Any) -> None:
+        self.work = work
+        self.done = False
+        self.running = False
+
+    def step(self) -> None:
+        """Run to its next wait."""
+        self.running = True
+        try:
+            self.work.send(None)
+        except StopIteration:
+            self.done = True
+        self.running = False
+
+    def cancel(self) -> None:
+        """End it."""
+        self.work.close()
+        self.done = True
+
+
+class Line:
+    """One connection with a door, and what came out of it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.connection = Connection("tls", "peer", None, limits=LIMITS, max_age=600, now=lambda: self.now)
+        self.connection.attach(self, lambda: None)  # type: ignore[arg-type]  # as much of one as is used
+        self.answers: list[bytes] = []
+        self.handed_on: bytes | None = None
+        self.tasks: list[Task] = []
+        self.blocked = False
+        self.reading = True
+        self.door = Door(
+            app=App(),
+            session="the session",
+            connection=self.connection,
+            transport=self,  # type: ignore[arg-type]  # likewise
+            limits=LIMITS,
+            hand_on=self.hand_on,
+            start=self.start,
+            write=self.write_all,
+            blocked=lambda: self.blocked,
+        )
+
+    def feed(self, data: bytes) -> None:
+        """Give input to whom it belongs."""
+        if self.handed_on is None:
+            self.door.received(data)
+        else:
+            self.connection.bytes_arrived(len(data))
+            self.handed_on += data
+
+    def hand_on(self, data: bytes) -> None:
+        """Take what the door gives up, once."""
+        assert self.handed_on is None
+        self.handed_on = data
+
+    def start(self, work: Callable[..., Any], *args: object) -> Any:
+        """Start a task."""
+        assert all(task.done or task.running for task in self.tasks), "two answers at once"
+        self.tasks.append(Task(work(*args)))
+        return self.tasks[-1]
+
+    def step(self) -> None:
+        """Let the outstanding answer get on."""
+        for task in [task for task in self.tasks if not task.done]:
+            task.step()
+
+    def settle(self) -> None:
+        """Let all answers be given."""
+        while not all(task.done for task in self.tasks):
+            self.step()
+
+    def write(self, data: bytes) -> None:
+        """Take an answer: the transport's part."""
+        self.answers.append(data.partition(b"\r\n\r\n")[2])
+
+    async def write_all(self, data: bytes) -> None:
+        """Take an answer in pieces."""
+        await Pause()
+        if data:
+            self.write(data)
+
+    def is_closing(self) -> bool:
+        """Stay open."""
+        return False
+
+    def pause_reading(self) -> None:
+        """Hold the peer back."""
+        assert self.reading
+        self.reading = False
+
+    def resume_reading(self) -> None:
+        """Let the peer go on."""
+        assert not self.reading
+        self.reading = True
+
+    def abort(self) -> None:
+        """Be cut."""
+
+
+def request(path: str, body: bytes, *fields: str) -> bytes:
+    """Return a request."""
+    lines = [f"POST {path} HTTP/1.1", "Host: x", f"Content-Length: {len(body)}", *fields]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+REQUESTS = st.one_of(
+    st.builds(
+        lambda path, body: (True, path.encode() + b":" + body, request(path, body)),
+        st.sampled_from(["/now", "/later"]),
+        st.binary(max_size=100),
+    ),
+    st.builds(
+        lambda raw: (False, b"", raw),
+        st.sampled_from(
+            [
+                request("/other", b"abc"),
+                request("/nowhere", b"POST /now HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"),
+                request("/now", b"abc", "Odd: yes"),
+                request("/now", b"abc", "Transfer-Encoding: chunked"),
+                request("/now", b"x" * 101),
+                request("/now", b"", "X: " + "y" * 2000),
+                b"POST /now HTTP/1.0\r\nHost: x\r\nContent-Length: 0\r\n\r\n",
+                b"\r\n",
+                b"\x16\x03\x01",
+                b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+            ]
+        ),
+    ),
+)
+
+
+@given(st.lists(REQUESTS, min_size=1, max_size=6), st.data())
+def test_a_stream_cut_anywhere(requests: list[tuple[bool, bytes, bytes]], data: st.DataObject) -> None:
+    """The first k requests are answered in order, and the slow way gets all bytes from the (k+1)th on."""
+    stream = b"".join(raw for _, _, raw in requests)
+    cuts = data.draw(st.lists(st.tuples(st.integers(0, len(stream)), st.booleans()), max_size=12))
+    line = Line()
+    begin = 0
+    for end, step in [*sorted(cuts), (len(stream), True)]:
+        if end > begin:
+            line.feed(stream[begin:end])
+        begin = end
+        if step:
+            line.step()
+    line.settle()
+    answered = len(line.answers)
+    assert line.answers == [answer for _, answer, _ in requests[:answered]]
+    assert all(hot for hot, _, _ in requests[:answered])
+    rest = b"".join(raw for _, _, raw in requests[answered:])
+    if line.handed_on is None:
+        # Nothing is held back for ever but the beginning of what may become a request.
+        assert rest == b"" or any(rest.startswith(start[: len(rest)]) for start in App.starts)
+    else:
+        assert line.handed_on == rest
+    assert line.connection.unread == len(rest)
+    assert line.reading
+
+
+@given(st.lists(st.sampled_from(["/now", "/later"]), min_size=1, max_size=5), st.data())
+def test_hot_requests_one_after_the_other_stay_at_the_door(paths: list[str], data: st.DataObject) -> None:
+    """In however many pieces each comes, and though a next one begins while an answer is outstanding."""
+    raws = [request(path, b"%d" % number) for number, path in enumerate(paths)]
+    cuts = [sorted(data.draw(st.sets(st.integers(1, len(raw) - 1), max_size=4))) for raw in raws]
+    waits = data.draw(st.lists(st.booleans(), min_size=len(raws), max_size=len(raws)))
+    line = Line()
+    for raw, places, wait in zip(raws, cuts, waits, strict=True):
+        for begin, end in zip([0, *places], [*places, len(raw)], strict=True):
+            line.feed(raw[begin:end])
+        if wait:
+            line.settle()
+    line.settle()
+    if line.handed_on is None:
+        assert line.answers == [f"{path}:{number}".encode() for number, path in enumerate(paths)]
+        assert line.connection.phase is Phase.IDLE
+    else:
+        # Only several at once, behind one whose answer is outstanding, are a pipeline.
+        assert "/later" in paths[:-2]
+
+
+def test_nothing_is_looked_at_while_an_answer_is_outstanding() -> None:
+    """The next request waits, up to a bound at which the peer is held back, and is then answered."""
+    line = Line()
+    line.feed(request("/later", b"1"))
+    line.feed(request("/now", b"2"))
+    assert line.answers == []
+    assert line.connection.phase is Phase.BUSY
+    line.feed(b"x" * (READ_BUFFER + 1))
+    assert not line.reading
+    line.settle()
+    assert line.reading
+    assert line.answers == [b"/later:1"]
+    assert line.handed_on == request("/now", b"2") + b"x" * (READ_BUFFER + 1)
+
+
+def test_a_peer_that_does_not_read_is_waited_for() -> None:
+    """While the transport asks for a pause nothing more is answered."""
+    line = Line()
+    line.blocked = True
+    line.feed(request("/now", b"1"))
+    line.feed(request("/now", b"2"))
+    assert line.answers == [b"/now:1"]
+    line.blocked = False
+    line.settle()
+    assert line.answers == [b"/now:1", b"/now:2"]
+
+
+def test_the_last_answer_closes() -> None:
+    """An answer that ends the connection, and the first one after the connection's time is over."""
+    line = Line()
+    line.feed(request("/last", b""))
+    assert line.connection.phase is Phase.CLOSING
+    line.feed(request("/now", b""))
+    assert line.answers == [b"/last:"]
+    assert line.handed_on == request("/now", b"")
+    line = Line()
+    line.connection.close_after_response()
+    line.feed(request("/later", b""))
+    line.settle()
+    assert (line.answers, line.connection.phase) == ([b"/later:"], Phase.CLOSING)
+
+
+def test_a_body_that_does_not_come() -> None:
+    """It has body_timeout, then it is answered and the connection closes; bytes do not buy more time."""
+    line = Line()
+    raw = request("/now", b"x" * 50)
+    line.feed(raw[:-50])
+    deadline = line.connection.deadline
+    assert deadline == LIMITS.body_timeout
+    line.now = 10
+    line.feed(b"x")
+    assert line.connection.deadline == deadline
+    line.connection.expire()
+    assert line.answers == [b"late"]
+    assert (line.connection.phase, line.connection.why) == (Phase.CLOSING, "done")
+
+
+def test_a_head_that_does_not_come() -> None:
+    """It has header_timeout from its first byte."""
+    line = Line()
+    line.feed(b"POST /n")
+    line.now = 5
+    line.feed(b"ow HTTP/1.1\r\n")
+    assert line.connection.deadline == LIMITS.header_timeout
+    line.connection.expire()
+    assert line.answers[0].startswith(b"{")
+    assert (line.connection.phase, line.connection.why) == (Phase.CLOSING, "headers")
+
+
+def test_headers_without_end_are_handed_on() -> None:
+    """What is longer than headers may be is the slow way's to refuse."""
+    line = Line()
+    line.feed(b"POST /now HTTP/1.1\r\n")
+    for _ in range(LIMITS.header_bytes):
+        line.feed(b"X")
+    assert line.handed_on is not None
+    assert len(line.handed_on) == 20 + LIMITS.header_bytes
+
+
+def test_a_closed_connection_ends_the_outstanding_answer() -> None:
+    """Nobody is there to take it."""
+    line = Line()
+    line.feed(request("/later", b""))
+    line.door.close()
+    assert line.tasks[0].done
+    assert line.answers == []
