@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 
 def forms(secret: bytes) -> dict[str, bytes]:
@@ -34,12 +34,3 @@ def leaks(secrets: Mapping[str, bytes], places: Mapping[str, bytes]) -> list[str
         for place, content in places.items()
         if text in content
     ]
-
-
-def reprs(things: Iterable[object]) -> dict[str, bytes]:
-    """Return how objects show themselves, each by the name of its class."""
-    return {
-        f"{style.__name__} of {type(thing).__name__}": style(thing).encode()
-        for thing in things
-        for style in (repr, str)
-    }
