@@ -280,3 +280,28 @@ def test_the_configuration_is_accepted_by_the_service(values):
     assert settings.tls is not None
     expected = None if "kek" in values and "storeIdKey" not in values["kek"] else "store-id"
     assert (settings.store.id_file and settings.store.id_file.name) == expected
+
+
+def test_the_audit_key_is_made_by_the_bootstrap():
+    """With audit.enabled alone, in a Secret that all who write records mount, and the renewal can't read."""
+    rendered = objects({"audit": {"enabled": True}})
+    secret = f"{FULLNAME}-audit"
+    provision = parse_config(document(rendered, "-provision", "provision.yaml"), Path("/etc"))
+    assert provision.audit is not None
+    assert (provision.audit.secret, provision.audit.key) == (secret, "audit.yaml")
+    text = yaml.dump(rendered)
+    assert text.count(f"name: {secret}\n") == 4  # service, bootstrap's reader of the store, rotation, backup
+    service = parse_settings(document(rendered, "-config", "config.yaml"), Path("/etc/progressdb-kms"))
+    assert str(service.audit.key_file) == "/etc/progressdb-kms/audit/audit.yaml"
+    [role] = [
+        item for item in rendered if item["kind"] == "Role" and item["metadata"]["name"].endswith("-renew")
+    ]
+    assert secret not in yaml.dump(role)
+
+
+def test_an_audit_key_of_ones_own_is_only_mounted():
+    """With audit.secretName nothing is made; without either the log is not chained."""
+    rendered = objects({"audit": {"enabled": True, "secretName": "mine"}})
+    assert "audit" not in document(rendered, "-provision", "provision.yaml")
+    assert rendered == objects({"audit": {"secretName": "mine"}})
+    assert "key_file" not in document(objects(), "-config", "config.yaml")["audit"]

@@ -63,7 +63,7 @@ def test_nothing_secret_is_open_to_others(dev: Dev) -> None:
     """Keys, policy, configuration and sockets are the owner's alone."""
     assert stat.S_IMODE(dev.directory.stat().st_mode) == 0o700
     found = modes(dev.directory)
-    for name in ("kek.yaml", "policy.yaml", "config.yaml", "ready.json", "kms.sock"):
+    for name in ("kek.yaml", "audit.yaml", "policy.yaml", "config.yaml", "ready.json", "kms.sock"):
         assert found[name] == 0o600, name
     assert all(mode == 0o600 for name, mode in modes(dev.directory / "pki").items() if name.endswith(".key"))
     assert modes(dev.directory / "redis")["redis.sock"] == 0o700
@@ -75,6 +75,15 @@ def test_doctor_is_content_with_it(dev: Dev, kms: Command) -> None:
     checks = kms("doctor", "--config", dev.ready["config"], "--json").json
     bad = [check for check in checks if check["result"] != "ok" and check["check"] not in {"listen", "admin"}]
     assert bad == []
+
+
+def test_the_audit_log_is_chained(dev: Dev, kms: Command) -> None:
+    """With a key made for it: the log verifies, for who has the public half alone as well."""
+    create(dev)
+    for key in ((), ("--public-key", dev.directory / "audit.pub")):
+        report = kms("audit", "verify", "--config", dev.ready["config"], *key, "--json").json
+        assert (report["intact"], len(report["chains"])) == (True, 1)
+        assert report["records"] >= 3
 
 
 def test_a_second_dev_is_refused(dev: Dev, kms: Command) -> None:
@@ -90,7 +99,16 @@ def test_kill_everything_and_start_again(tmp_path: Path) -> None:
     """After SIGKILL of service and store, the next run finds keys, KEK, certificates and configuration."""
     first = start_dev(tmp_path / "dev")
     message = create(first)
-    kept = ("kek.yaml", "policy.yaml", "config.yaml", "pki/ca.crt", "pki/kms.crt", "pki/server.crt")
+    kept = (
+        "kek.yaml",
+        "audit.yaml",
+        "audit.pub",
+        "policy.yaml",
+        "config.yaml",
+        "pki/ca.crt",
+        "pki/kms.crt",
+        "pki/server.crt",
+    )
     before = [(tmp_path / "dev" / name).read_bytes() for name in kept]
     os.kill(first.ready["store_pid"], signal.SIGKILL)
     first.process.kill()

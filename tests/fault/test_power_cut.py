@@ -16,6 +16,7 @@ import pytest
 from progressdb_kms.domain.keys import DekRecord
 from progressdb_kms.store.redis import StoreSettings, open_store
 from tests.fault.power import RUNS, PoweredServer, build_shim
+from tests.store.auditing import assert_whole, log_on, work_through
 from tests.store.conftest import new_dek
 from tests.store.servers import ALWAYS, EVERYSEC, Server
 from tests.store.topologies import eventually, until
@@ -142,3 +143,23 @@ async def test_power_cut_during_a_rewrite(powered: Powered, kind: str, run: int)
     acknowledged += await create_until(store.server, cut)
     assert rewriting
     assert await missing(store.server, acknowledged) == 0
+
+
+@pytest.mark.parametrize("run", range(RUNS))
+@pytest.mark.parametrize("kind", ["redis", "valkey"])
+async def test_the_audit_log_survives_a_power_cut(powered: Powered, kind: str, run: int) -> None:
+    """Twice under two processes that write records: acknowledged ones are there, the log is whole."""
+    server = powered(kind, ALWAYS)
+    store = await open_store(StoreSettings(server.server.url, command_timeout=1.0))
+    logs = [log_on(store, f"i{number}") for number in range(2)]
+    acknowledged: list[int] = []
+
+    async def outage() -> None:
+        await asyncio.sleep(random.uniform(0.0, 0.3))
+        server.cut_power()
+        server.server.start()
+
+    for _ in range(2):
+        await work_through(logs, acknowledged, outage)
+    await assert_whole(store, logs, acknowledged)
+    await store.close()

@@ -285,8 +285,11 @@ class Instance:
 
     def logged(self, event: str) -> list[dict[str, Any]]:
         """Return the log's records of one event."""
-        records = [json.loads(line) for line in self.err.read_text().splitlines() if line.startswith("{")]
-        return [record for record in records if record.get("event") == event]
+        return [record for record in self.records() if record.get("event") == event]
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return all of the log's records."""
+        return [json.loads(line) for line in self.err.read_text().splitlines() if line.startswith("{")]
 
     def warm(self, key_id: str) -> Client:
         """Use a key until it is served from memory; return the client that did."""

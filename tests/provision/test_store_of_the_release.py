@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import redis
 
-from progressdb_kms.domain.errors import ProvisionRefused, StoreNotDurable
+from progressdb_kms.audit.keyfile import load_audit_key, load_public_key
+from progressdb_kms.domain.errors import ProvisionRefused, SettingsInvalid, StoreNotDurable
 from tests.provision.cluster import Cluster
 from tests.provision.conftest import Site
 from tests.store.servers import ALWAYS, Server, free_port
@@ -165,6 +166,37 @@ async def test_passwords_stay_and_the_acl_follows(site: Site) -> None:
     site.cluster.put("r-redis-auth", {"kms": b"x"})
     with pytest.raises(ProvisionRefused, match="was not made by provision"):
         await site.run(passwords=PASSWORDS)
+
+
+AUDIT = {"secret": "r-audit", "key": "mine.yaml"}
+
+
+async def test_the_audit_key_is_made_once(site: Site, tmp_path: Path) -> None:
+    """With its public half beside it; run again, beside others or over an operator's own, it stays."""
+    said = await asyncio.gather(site.run(audit=AUDIT), site.run(audit=AUDIT))
+    assert sorted(map(len, said)) == [0, 1]
+    first = site.cluster.data("r-audit")
+    for name, content in first.items():
+        (tmp_path / name).write_bytes(content)
+        (tmp_path / name).chmod(0o600)
+    key = load_audit_key(tmp_path / "mine.yaml").verify
+    assert load_public_key(tmp_path / "audit.pub").key_id == key.key_id
+    assert await site.run(audit=AUDIT) == []
+    assert site.cluster.data("r-audit") == first
+    assert first["mine.yaml"].split()[1].decode() not in "\n".join(site.said)
+    site.cluster.put("r-own", {"audit.yaml": b"an operator's"})
+    assert await site.run(audit={"secret": "r-own"}) == []
+    assert site.cluster.data("r-own") == {"audit.yaml": b"an operator's"}
+
+
+async def test_an_audit_key_that_was_lost_is_not_replaced(site: Site) -> None:
+    """A Secret without the key is refused, with what to do, and stays as it is."""
+    site.cluster.put("r-audit", {"audit.pub": b"x"})
+    with pytest.raises(ProvisionRefused, match=r"holds no audit key under mine\.yaml.*delete the Secret"):
+        await site.run(audit=AUDIT)
+    assert site.cluster.data("r-audit") == {"audit.pub": b"x"}
+    with pytest.raises(SettingsInvalid, match="for the public half"):
+        await site.run(audit={**AUDIT, "key": "audit.pub"})
 
 
 async def test_a_store_that_could_lose_keys_gets_no_kek(

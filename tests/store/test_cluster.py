@@ -15,9 +15,9 @@ from progressdb_kms.audit.reading import verify_store
 from progressdb_kms.domain.errors import StoreUnavailable
 from progressdb_kms.domain.keys import DekRecord, StateChange, locate, slot_tag
 from progressdb_kms.store.redis.topology import SLOTS
+from tests.store.auditing import KEY, log_on, told
 from tests.store.conftest import new_dek, new_kek
 from tests.store.servers import ALWAYS, Server, free_port
-from tests.store.test_audit_outages import KEY, log_on, told
 from tests.store.topologies import can_create, create_through, missing, until
 
 pytestmark = pytest.mark.slow

@@ -13,6 +13,7 @@ import pytest
 
 from progressdb_kms.domain.errors import StoreUnavailable
 from progressdb_kms.domain.keys import DekRecord
+from tests.store.auditing import assert_whole, log_on, work_through
 from tests.store.conftest import new_dek
 from tests.store.servers import ALWAYS, Server, free_port
 from tests.store.topologies import can_create, create_through, missing, until
@@ -90,6 +91,22 @@ async def test_failover(group: Group, opened: Callable[..., Any]) -> None:
     await can_create(store)
     assert (await store.health.check()).problems == ()
     assert await missing(store, acknowledged) == 0
+
+
+async def test_the_audit_log_survives_a_failover(group: Group, opened: Callable[..., Any]) -> None:
+    """The primary dies under two processes: all acknowledged records are there, the log is whole."""
+    store = await opened(group.url, min_replicas=1)
+    logs = [log_on(store, f"i{number}") for number in range(2)]
+    acknowledged: list[int] = []
+
+    async def outage() -> None:
+        group.primary.kill()
+        await asyncio.to_thread(until, lambda: group.replica.ask("ROLE")[0] == b"master")
+        group.primary.options = {**REPLICATED, "replicaof": f"127.0.0.1 {group.replica.port}"}
+        await asyncio.to_thread(group.primary.start)
+
+    await work_through(logs, acknowledged, outage)
+    await assert_whole(store, logs, acknowledged)
 
 
 async def test_dead_sentinels(group: Group, opened: Callable[..., Any]) -> None:

@@ -63,6 +63,9 @@ class _CreateItem(msgspec.Struct):
     kek_version: str = ""
     key_version: str = ""
 
+    def __repr__(self) -> str:
+        return f"_CreateItem(key_id={self.key_id!r})"
+
     def take(self) -> CreatedDek | None:
         if self.key_id is None or self.wrapped is None:
             return None
@@ -74,6 +77,9 @@ class _EncryptItem(msgspec.Struct):
     ciphertext: bytes | None = None
     key_version: str = ""
 
+    def __repr__(self) -> str:
+        return f"_EncryptItem(key_version={self.key_version!r})"
+
     def take(self) -> Encrypted | None:
         return None if self.ciphertext is None else Encrypted(self.ciphertext, self.key_version)
 
@@ -81,6 +87,9 @@ class _EncryptItem(msgspec.Struct):
 class _DecryptItem(msgspec.Struct):
     error: ItemError | None = None
     plaintext: bytes | None = None
+
+    def __repr__(self) -> str:
+        return "_DecryptItem(plaintext=<hidden>)"
 
     def take(self) -> bytes | None:
         return self.plaintext

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+from progressdb_kms.audit.keyfile import KEY_NAME, PUBLIC_NAME
 from progressdb_kms.domain.errors import SettingsInvalid
 from progressdb_kms.provision.passwords import unknown_users
 from progressdb_kms.transport.issuing import MAX_COMMON_NAME, Names
@@ -95,6 +96,22 @@ class Passwords(_Section, frozen=True, kw_only=True):
     secret: SecretName
     users: Annotated[tuple[User, ...], Meta(min_length=1)]
     acl: str = ""
+
+
+class Audit(_Section, frozen=True, kw_only=True):
+    """The Secret with the audit key and, under ``audit.pub``, its public half for whoever verifies.
+
+    Attributes:
+        secret: Its name.
+        key: The key in it that is the audit key's file.
+    """
+
+    secret: SecretName
+    key: DataKey = KEY_NAME
+
+    def __post_init__(self) -> None:
+        if self.key == PUBLIC_NAME:
+            raise ValueError(f"key can't be {PUBLIC_NAME}, which is for the public half")
 
 
 class Authority(_Section, frozen=True, kw_only=True):
@@ -203,6 +220,7 @@ class Provision(_Section, frozen=True, kw_only=True):
     labels: dict[str, str] = {}
     store: Store | None = None
     kek: Kek | None = None
+    audit: Audit | None = None
     passwords: Passwords | None = None
     certificates: Certificates = msgspec.field(default_factory=Certificates)
 
@@ -256,6 +274,8 @@ def _targets(config: Provision) -> Iterator[tuple[str, str]]:
     wanted = config.certificates
     if config.kek is not None:
         yield config.namespace, config.kek.secret
+    if config.audit is not None:
+        yield config.namespace, config.audit.secret
     if config.passwords is not None:
         yield config.namespace, config.passwords.secret
     for authority in wanted.authorities:

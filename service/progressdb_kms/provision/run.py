@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from progressdb_kms.audit.keyfile import PUBLIC_NAME, new_audit_key
 from progressdb_kms.bootstrap import store_settings
 from progressdb_kms.domain.errors import (
     ProvisionRefused,
@@ -28,6 +29,7 @@ from progressdb_kms.kek.cluster import ApiRefused, connect
 from progressdb_kms.kek.escrow import Recipient, load_recipients
 from progressdb_kms.provision import certificates
 from progressdb_kms.provision.config import (
+    Audit,
     Certificate,
     Certificates,
     Copy,
@@ -73,6 +75,8 @@ async def run(config: Provision, say: Callable[[str], None]) -> None:
         job = _Run(config, Secrets(api_client, say))
         if config.passwords is not None:
             await asyncio.to_thread(job.make_passwords, config.passwords)
+        if config.audit is not None:
+            await asyncio.to_thread(job.make_audit_key, config.audit)
         await job.make_certificates(config.certificates)
         if config.kek is None:
             return
@@ -118,6 +122,28 @@ class _Run:
             return Change(why, fresh, labels=self._config.labels) if fresh else None
 
         self.secrets.ensure(self.ref(wanted.secret), change)
+
+    def make_audit_key(self, wanted: Audit) -> None:
+        """Make the audit key where there is none; one that is there is never replaced.
+
+        Raises:
+            ProvisionRefused: The Secret is there without the key. A new one would vouch for nothing that the
+                old one has chained, so it is for somebody to decide.
+        """
+        ref = self.ref(wanted.secret)
+
+        def change(found: Found | None) -> Change | None:
+            if found is None:
+                secret, public, _ = new_audit_key()
+                return Change(data={wanted.key: secret, PUBLIC_NAME: public}, labels=self._config.labels)
+            if not found.data.get(wanted.key, b"").strip():
+                raise ProvisionRefused(
+                    f"{ref} holds no audit key under {wanted.key}: put it back from its copy; to begin with a"
+                    " new one (docs/audit.md), delete the Secret"
+                )
+            return None
+
+        self.secrets.ensure(ref, change)
 
     async def make_certificates(self, wanted: Certificates) -> None:
         """Make and renew certificates; what is trusted is written before what is issued under it."""

@@ -7,7 +7,7 @@ nobody made on purpose must not get one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 from progressdb_kms.domain.errors import StoreUnavailable
@@ -29,7 +29,7 @@ class _Held:
     """One snapshot of a slot: its manifest, and its entries by bucket."""
 
     manifest: Manifest
-    buckets: list[dict[str, bytes]]
+    buckets: list[dict[str, bytes]] = field(repr=False)
 
     def without(self, key_id: str) -> _Held:
         buckets = [{name: blob for name, blob in each.items() if name != key_id} for each in self.buckets]

@@ -99,6 +99,9 @@ class _Record(msgspec.Struct, array_like=True, frozen=True):
     resume_state: KeyState
     uses: int
 
+    def __repr__(self) -> str:
+        return f"_Record(key_id={self.key_id!r})"
+
 
 _NAMES: Final = tuple(name for name in _Record.__struct_fields__)
 

@@ -84,6 +84,9 @@ class Encrypted(Struct, frozen=True):
     ciphertext: bytes
     key_version: str
 
+    def __repr__(self) -> str:
+        return f"Encrypted(key_version={self.key_version!r})"
+
 
 class Decrypted(Struct, frozen=True):
     """A plaintext."""

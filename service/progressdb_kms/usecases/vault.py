@@ -5,7 +5,7 @@ from __future__ import annotations
 import hmac
 import time
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from progressdb_kms.domain.envelope import parse_blob, wrap_aad
@@ -62,7 +62,7 @@ class Sealed:
 
     key_id: str
     thread_id: str
-    wrapped: bytes
+    wrapped: bytes = field(repr=False)
 
 
 async def unwrap_all(source: KekSource, sealed: Sequence[Sealed]) -> list[bytes | KmsError]:

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import redis
 
+from progressdb_kms.cli.app import run as command
 from progressdb_kms.domain.rotation import ORDER, Outcome, Step
 from tests.fault.power import PoweredServer
+from tests.fault.rotation.audited import check_audit
 from tests.fault.rotation.history import History, Violation, check_history
 from tests.fault.rotation.stored import Stored, check_store, read_store
 from tests.fault.rotation.traffic import FloorWatch, Recorder, Traffic, note
@@ -79,6 +81,7 @@ class Campaign:
         kills: Deaths by victim.
         points: Transitions at which the job was killed.
         history: All that was seen.
+        audit_files: Where services and job write the audit log, besides the store's stream.
     """
 
     def __init__(self, shim: Path, keys: int) -> None:
@@ -89,8 +92,18 @@ class Campaign:
         self.lost_bytes = 0
         # A cached key may serve while the store is away, though it was disabled right before (max_stale);
         # without that, "nothing succeeds after a disable" is a promise without exception.
+        assert command(["audit", "keygen", "--out", str(self.world.root / "key"), "--json"]) == 0
+        self.audit_files = self.world.root / "audit"
+        self.audit_files.mkdir()
+        audit = {
+            "key_file": str(self.world.root / "key" / "audit.yaml"),
+            "directory": str(self.audit_files),
+            "stdout": False,
+        }
         self.services = [
-            self.world.instance(name, cache={"max_stale": 0}, log={"level": "warning"}, store=PROMPT_STORE)
+            self.world.instance(
+                name, cache={"max_stale": 0}, log={"level": "warning"}, store=PROMPT_STORE, audit=audit
+            )
             for name in "ab"
         ]
         for service in self.services:
@@ -126,7 +139,13 @@ class Campaign:
         for service in self.services:
             service.stop()
         violations, self.stored = examine(self.world, self.history)
-        return violations
+        found, self.audited = check_audit(
+            self.history,
+            [rotation["rotation_id"] for rotation in self.stored.rotations],
+            self.audit_files,
+            self.services[0].config,
+        )
+        return violations + found
 
     def close(self) -> None:
         """End every process."""
@@ -304,5 +323,6 @@ def report(campaign: Campaign, seconds: float) -> dict[str, object]:
         "acknowledged keys": len(campaign.history.acknowledged()),
         "ciphertexts": len(campaign.history.sealed()),
         "copies": sum(len(b) for snapshot in stored.snapshots.values() for b in snapshot.buckets),
+        "audit": campaign.audited,
         "operations": campaign.history.table(),
     }

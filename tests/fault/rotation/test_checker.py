@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fault.rotation.audited import unrecorded
 from tests.fault.rotation.campaign import connect, powered_world
 from tests.fault.rotation.history import (
     FloorSeen,
@@ -260,3 +261,23 @@ def test_damage_in_the_store_is_found(
         setattr(damaged, name, copy.deepcopy(getattr(sound, name)))
     damage(damaged)
     assert promise in {found.promise for found in check_store(history, damaged)}
+
+
+def test_a_change_without_a_record_is_seen() -> None:
+    """A change that was acknowledged more often than announced; a create is one, however often answered."""
+    disable = Operation(Kind.DISABLE, 0.0, 1.0, Outcome.OK, key_id="k")
+    create = Operation(Kind.CREATE, 0.0, 1.0, Outcome.OK, key_id="k", once="o")
+    lost = Operation(Kind.ENABLE, 0.0, 1.0, Outcome.MAYBE, key_id="k")
+    history = History([create, create, disable, lost, disable])
+    records = [
+        {"audit": "key.create", "key_id": "k", "outcome": "intent"},
+        *(
+            {"audit": "key.disable", "key_id": "k", "outcome": outcome}
+            for outcome in ("intent", "ok", "intent")
+        ),
+    ]
+    assert list(unrecorded(history, records)) == []
+    for number in range(4):
+        without = records[:number] + records[number + 1 :]
+        expected = [] if records[number]["outcome"] == "ok" else ["acknowledged changes are audited"]
+        assert [each.promise for each in unrecorded(history, without)] == expected

@@ -57,7 +57,7 @@ escrow:
 escrow: none
 {{- end }}
 audit:
-  {{- with .Values.audit.secretName }}
+  {{- with include "progressdb-kms.auditSecret" . }}
   key_file: {{ $dir }}/audit/audit.yaml
   {{- end }}
   stream: {{ .Values.audit.stream }}

@@ -106,6 +106,13 @@ imagePullSecrets:
 {{- default (printf "%s-kek" (include "progressdb-kms.fullname" .)) .Values.kek.secretName -}}
 {{- end }}
 
+{{/* The Secret with the audit key, empty where the log is not chained. */}}
+{{- define "progressdb-kms.auditSecret" -}}
+{{- if .Values.audit.secretName }}{{ .Values.audit.secretName }}
+{{- else if .Values.audit.enabled }}{{ include "progressdb-kms.fullname" . }}-audit
+{{- end -}}
+{{- end }}
+
 {{- define "progressdb-kms.storeIdKey" -}}
 {{- if eq .Values.kek.management "create" }}{{ default "store-id" .Values.kek.storeIdKey }}{{ else }}{{ .Values.kek.storeIdKey }}{{ end -}}
 {{- end }}

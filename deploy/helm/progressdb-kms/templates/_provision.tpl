@@ -80,6 +80,9 @@ same lists: `passwords`, `certificates`, `kek`, `store`; the renewal takes `cert
 {{- with include "progressdb-kms.storeIdKey" . }}{{ $_ := set $kek "store_id_key" . }}{{ end }}
 {{- if and $create .Values.kek.annotations }}{{ $_ := set $kek "annotations" .Values.kek.annotations }}{{ end }}
 {{- $_ := set $all "kek" $kek -}}
+{{- if and .Values.audit.enabled (not .Values.audit.secretName) }}
+{{- $_ := set $all "audit" (dict "secret" (include "progressdb-kms.auditSecret" .) "key" .Values.audit.key) }}
+{{- end }}
 {{- if and .Values.redis.enabled (not .Values.redis.existingAuthSecret) }}
 {{- $_ := set $all "passwords" (dict "secret" (include "progressdb-kms.redisAuthSecret" .) "users" (list "kms" "reload" "probe") "acl" (include "progressdb-kms.redisAcl" .)) }}
 {{- end }}
@@ -102,6 +105,7 @@ The Secrets that provision.yaml names, as JSON: for each namespace ("" is the re
 {{- $reads := list -}}
 {{- $others := dict -}}
 {{- with .provision.passwords }}{{ $writes = append $writes .secret }}{{ end }}
+{{- with .provision.audit }}{{ $writes = append $writes .secret }}{{ end }}
 {{- with .provision.kek }}
 {{- if eq .management "create" }}{{ $writes = append $writes .secret }}{{ else }}{{ $reads = append $reads .secret }}{{ end }}
 {{- end }}

@@ -57,9 +57,10 @@ password. Projected, and never by subPath, so that changes of Secrets reach it, 
           items: [{key: {{ $from.key }}, path: store/{{ $path }}}]
       {{- end }}
       {{- end }}
-      {{- if and (has "audit" .parts) .root.Values.audit.secretName }}
+      {{- $audit := include "progressdb-kms.auditSecret" .root }}
+      {{- if and (has "audit" .parts) $audit }}
       - secret:
-          name: {{ .root.Values.audit.secretName }}
+          name: {{ $audit }}
           items: [{key: {{ .root.Values.audit.key }}, path: audit/audit.yaml}]
       {{- end }}
       {{- if and (has "escrow" .parts) .root.Values.escrow.recipients }}

@@ -79,6 +79,7 @@ def _show_curl(ready: Mapping[str, Any], key_id: str, sealed: bytes) -> None:
         click.echo(shlex.join([*base, *words]))
     click.echo(f"curl {ready['admin_url']}/readyz")
     click.echo(shlex.join(["progressdb-kms", "keys", "list", "--dev-dir", str(Path(ready["config"]).parent)]))
+    click.echo(shlex.join(["progressdb-kms", "audit", "verify", "--config", ready["config"]]))
     click.echo("\nCtrl-C ends it; the keys stay.")
 
 

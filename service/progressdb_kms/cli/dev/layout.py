@@ -18,8 +18,9 @@ from urllib.parse import quote
 
 import click
 
+from progressdb_kms.audit.keyfile import KEY_NAME, PUBLIC_NAME, new_audit_key
 from progressdb_kms.cli import pki
-from progressdb_kms.kek.atomic import write_once
+from progressdb_kms.kek.atomic import replace_file, write_once
 from progressdb_kms.kek.init import init_kek_file
 
 CLIENTS: Final = ("server", "operator", "stranger")
@@ -61,6 +62,8 @@ kek:
   path: kek.yaml
 store:
   url: {store_url}
+audit:
+  key_file: audit.yaml
 drain:
   delay: 0.2
   timeout: 10
@@ -95,6 +98,11 @@ class Layout:
     def kek_file(self) -> Path:
         """The KEK file."""
         return self.directory / "kek.yaml"
+
+    @property
+    def audit_key(self) -> Path:
+        """The audit key; its public half, for `audit verify --public-key`, is beside it."""
+        return self.directory / KEY_NAME
 
     @property
     def policy(self) -> Path:
@@ -175,6 +183,11 @@ def prepare(layout: Layout) -> None:
             _issue(layout, name)
     if not layout.kek_file.exists():
         init_kek_file(layout.kek_file)
+    if not layout.audit_key.exists():
+        # The public half first: with the secret one there, nothing would be made any more.
+        secret, public, _ = new_audit_key()
+        replace_file(layout.audit_key.with_name(PUBLIC_NAME), public, 0o644)
+        _once(layout.audit_key, secret)
     uid = os.getuid()
     _once(layout.policy, _POLICY.format(uid=uid))
     # A JSON string is a YAML string, whatever characters the path has.
@@ -190,9 +203,9 @@ def _issue(layout: Layout, name: str) -> None:
         pki.issue(layout.pki, name, days=_LEAF_DAYS)
 
 
-def _once(path: Path, text: str) -> None:
+def _once(path: Path, text: str | bytes) -> None:
     with contextlib.suppress(FileExistsError):
-        write_once(path, text.encode(), 0o600)
+        write_once(path, text.encode() if isinstance(text, str) else text, 0o600)
 
 
 def _short_directory(directory: Path) -> Path:
