@@ -9,6 +9,7 @@ from pathlib import Path
 from tests.fault.power import build_shim
 from tests.integration.world import Instance
 
+HOUR = 3600
 SOURCE = Path(__file__).with_name("clock_jump.c")
 
 

@@ -1,4 +1,4 @@
-"""Stores and what befalls them. Each scenario breaks its store, mends it, and knows when it takes writes again."""
+"""Stores and what befalls them: each scenario breaks its store, mends it, and knows when it takes writes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ import redis
 from progressdb_kms.domain.keys import locate
 from progressdb_kms.store.redis.topology import SLOTS
 from tests.fault.power import PoweredServer
-from tests.fault.store.clock import Clock
+from tests.fault.store.clock import HOUR, Clock
 from tests.fault.store.proxy import Proxy, Way
 from tests.integration.world import Instance, eventually
 from tests.store import test_cluster, test_sentinel
-from tests.store.servers import ALWAYS, Server, free_port
+from tests.store.servers import ALWAYS, EVERYSEC, Server, free_port
 
-HOUR = 3600
 PROBE = "probe:{%s}"
 
 
@@ -83,7 +82,7 @@ class Scenario:
         """Say whether the store takes writes."""
         raise NotImplementedError
 
-    def concerns(self, key_id: str) -> bool:
+    def concerns(self, key_id: str) -> bool:  # noqa: ARG002 - the whole of a store of one server
         """Say whether the last fault concerned the part of the store that has this key."""
         return True
 
@@ -198,9 +197,11 @@ class Proxied(Alone):
 class Powered(Alone):
     """The power is cut: what was not fsynced is gone."""
 
+    options: ClassVar[dict[str, str]] = ALWAYS
+
     def make(self) -> Server:
         """Start the server under the shim."""
-        self.powered = PoweredServer(self.shim, "redis", self.folder / "p", ALWAYS)
+        self.powered = PoweredServer(self.shim, "redis", self.folder / "p", self.options)
         return self.powered.server
 
     def kinds(self) -> list[Callable[[], Callable[[], object]]]:
@@ -210,6 +211,13 @@ class Powered(Alone):
     def _cut(self) -> Callable[[], object]:
         self.powered.cut_power()
         return self.server.start
+
+
+class Careless(Powered):
+    """Likewise, on a store that fsyncs once a second: it does lose what was acknowledged."""
+
+    settings: ClassVar[dict[str, object]] = {"allow_data_loss": True}
+    options: ClassVar[dict[str, str]] = EVERYSEC
 
 
 class TornTail(Powered):
@@ -241,7 +249,7 @@ class SlowDisk(Powered):
 
 
 class FullDisk(Alone):
-    """The disk of the append-only file is full: Redis exits, and is started when there is space. Needs root."""
+    """The disk of the append-only file is full: Redis exits, and is started again. Needs root."""
 
     def make(self) -> Server:
         """Start the server on a small disk."""
