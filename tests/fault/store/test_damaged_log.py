@@ -45,7 +45,7 @@ def creates(client: Client) -> bool:
 
 
 def test_records_that_are_gone_from_the_end_are_reported(world: World, service: Instance) -> None:
-    """Acknowledged keys cut off: the audit log of the running service does not fit, which it says and counts."""
+    """Acknowledged keys cut off: the running service's audit log does not fit, which it says and counts."""
     client = service.client("server")
     client.create("room:1")
     kept = log_of(world).stat().st_size
