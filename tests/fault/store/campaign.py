@@ -11,7 +11,7 @@ from typing import Any
 from tests.fault.rotation.history import CHANGES, History, Kind, Operation, Outcome, Violation, check_history
 from tests.fault.rotation.traffic import Recorder, Traffic, note
 from tests.fault.store.scenarios import Scenario
-from tests.integration.world import PROMPT_STORE, Instance, World, eventually
+from tests.integration.world import LIMIT, PROMPT_STORE, Instance, World, eventually
 
 KEYS = 200
 
@@ -61,6 +61,7 @@ class Campaign:
             recovered = self._wait_for_success(mended)
             if not self._scenario.local:
                 self.recoveries.append(recovered - mended)
+            eventually(self._scenario.settled, "the store is as before")
             self._traffic.check()
 
     def _wait_for_success(self, since: float) -> float:
@@ -68,7 +69,11 @@ class Campaign:
             recent = self.history.operations[-5000:]
             return min((each.ended for each in recent if self._shows(each, since)), default=0.0)
 
-        return eventually(first, "the service creates keys again")
+        end = time.monotonic() + LIMIT
+        while not (found := first()):
+            assert time.monotonic() < end, "the service creates no keys"
+            time.sleep(0.02)
+        return found
 
     def _shows(self, each: Operation, since: float) -> bool:
         return (

@@ -18,7 +18,7 @@ from progressdb_kms.store.redis.topology import SLOTS
 from tests.fault.power import PoweredServer
 from tests.fault.store.clock import HOUR, Clock
 from tests.fault.store.proxy import Proxy, Way
-from tests.integration.world import Instance, eventually
+from tests.integration.world import LIMIT, Instance, eventually
 from tests.store import test_cluster, test_sentinel
 from tests.store.servers import ALWAYS, EVERYSEC, Server, free_port
 
@@ -73,10 +73,17 @@ class Scenario:
         self.mend_last = next(self.faults)()
 
     def mend(self) -> float:
-        """Undo it; return when the store took writes again."""
+        """Undo it; return when the store took writes again, seen to 5 ms."""
         self.mend_last()
-        eventually(self.writable, "the store takes writes")
+        end = time.monotonic() + LIMIT
+        while not self.writable():
+            assert time.monotonic() < end, "the store takes no writes"
+            time.sleep(0.005)
         return time.monotonic()
+
+    def settled(self) -> bool:
+        """Say whether all its servers are in their places again, so that the next fault can come."""
+        return True
 
     def writable(self) -> bool:
         """Say whether the store takes writes."""
@@ -413,7 +420,11 @@ class Sentinels(Scenario):
 
     def writable(self) -> bool:
         """Say whether the store takes writes."""
-        return takes_writes(self._primary) and role(self._replica) == b"slave"
+        return takes_writes(self._primary)
+
+    def settled(self) -> bool:
+        """Say whether the old primary follows the new one."""
+        return bool(role(self._replica) == b"slave")
 
     def close(self) -> None:
         """End all."""
@@ -467,7 +478,11 @@ class Cluster(Scenario):
     def writable(self) -> bool:
         """Say whether the shard that was hit takes writes."""
         tag = next(tag for tag, slot in SLOTS.items() if self._owns(slot))
-        return takes_writes(self._pairs[self._hit][0], tag) and role(self._pairs[self._hit][1]) == b"slave"
+        return takes_writes(self._pairs[self._hit][0], tag)
+
+    def settled(self) -> bool:
+        """Say whether the old primary follows the new one."""
+        return bool(role(self._pairs[self._hit][1]) == b"slave")
 
     def concerns(self, key_id: str) -> bool:
         """Say whether the key is in the shard that was hit."""
