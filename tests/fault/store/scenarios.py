@@ -8,6 +8,7 @@ import random
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -274,10 +275,11 @@ class FullDisk(Alone):
         return [self._fill]
 
     def _fill(self) -> Callable[[], object]:
-        room = os.statvfs(self._mounted)
         ballast = self._mounted / "ballast"
-        with ballast.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, (room.f_bavail - 2) * room.f_frsize)
+        # Redis takes of the same room meanwhile: the end is where nothing more fits.
+        with suppress(OSError), ballast.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(65_536))
 
         def mend() -> None:
             assert self.server.process
