@@ -11,7 +11,8 @@ import pytest
 
 from tests.fault.power import build_shim
 from tests.fault.store.campaign import Campaign, report
-from tests.fault.store.scenarios import NEED_ROOT, SCENARIOS, SHORT, Careless
+from tests.fault.store.catalogue import NEED_ROOT, SCENARIOS, SHORT
+from tests.fault.store.scenarios import Careless
 
 LONG = "FAULT_RUNS" in os.environ
 FAULTS = max(int(os.environ.get("FAULT_RUNS", "0")) // 10, 2)
