@@ -5,6 +5,9 @@
  * length, as text, up to which that inode was fsynced. What was written before an fsync began is durable once it
  * has returned; what came later is not. After SIGKILL, a test cuts each file back to its durable length.
  *
+ * Where DURABLE_LENGTH_DELAY names a file, each fsync waits first for as many milliseconds as the file says: a slow
+ * disk, whose speed a test changes while the server runs.
+ *
  * Only lengths are modelled, which is enough for files that grow at their end. Names are taken as durable at
  * once: the server under test fsyncs its folder after each rename.
  */
@@ -63,8 +66,26 @@ static void forget_if_empty(int fd)
         unlink(path);
 }
 
+static void delay(void)
+{
+    static int (*real_open)(const char *, int, ...);
+    const char *path = getenv("DURABLE_LENGTH_DELAY");
+    char text[16] = "";
+    if (path == NULL)
+        return;
+    if (real_open == NULL)
+        real_open = next_symbol("open64");
+    int fd = real_open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return;
+    if (read(fd, text, sizeof text - 1) > 0)
+        usleep((useconds_t)atoi(text) * 1000);
+    close(fd);
+}
+
 static int sync_and_record(int fd, int (*real)(int))
 {
+    delay();
     struct stat before;
     int known = fstat(fd, &before) == 0;
     int result = real(fd);

@@ -14,11 +14,11 @@ SOURCE = Path(__file__).with_name("durable_length.c")
 RUNS = int(os.environ.get("FAULT_RUNS", "3"))
 
 
-def build_shim(folder: Path) -> Path:
-    """Compile the shim that records durable lengths."""
-    library = folder / "durable_length.so"
+def build_shim(folder: Path, source: Path = SOURCE) -> Path:
+    """Compile a shim; without a source the one that records durable lengths."""
+    library = folder / f"{source.stem}.so"
     flags = ["-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
-    subprocess.run(["cc", *flags, "-o", str(library), str(SOURCE), "-ldl"], check=True)
+    subprocess.run(["cc", *flags, "-o", str(library), str(source), "-ldl"], check=True)
     return library
 
 
@@ -35,8 +35,19 @@ class PoweredServer:
     def __init__(self, shim: Path, kind: str, folder: Path, options: Mapping[str, str]) -> None:
         self._lengths = folder / "lengths"
         self._lengths.mkdir(parents=True)
-        environment = {"LD_PRELOAD": str(shim), "DURABLE_LENGTH_DIR": str(self._lengths)}
+        self._delay = folder / "delay"
+        environment = {
+            "LD_PRELOAD": str(shim),
+            "DURABLE_LENGTH_DIR": str(self._lengths),
+            "DURABLE_LENGTH_DELAY": str(self._delay),
+        }
         self.server = Server(kind, folder / "data", options, environment=environment).start()
+
+    def slow_down(self, milliseconds: int) -> None:
+        """Let each fsync take so much longer from now on."""
+        fresh = self._delay.with_suffix(".new")
+        fresh.write_text(str(milliseconds))
+        fresh.replace(self._delay)
 
     def crash(self) -> None:
         """Kill the server and the process that rewrites its file: the page cache survives."""
@@ -50,10 +61,13 @@ class PoweredServer:
         self.crash()
         lost = 0
         for path in (self.server.folder / "appendonlydir").iterdir():
-            status = path.stat()
-            record = self._lengths / str(status.st_ino)
-            durable = int(record.read_text()) if record.exists() else 0
-            if durable < status.st_size:
-                lost += status.st_size - durable
+            size, durable = path.stat().st_size, self.durable(path)
+            if durable < size:
+                lost += size - durable
                 os.truncate(path, durable)
         return lost
+
+    def durable(self, path: Path) -> int:
+        """Return up to which byte a file was fsynced."""
+        record = self._lengths / str(path.stat().st_ino)
+        return int(record.read_text()) if record.exists() else 0

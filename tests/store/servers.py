@@ -44,6 +44,7 @@ class Server:
         port: TCP port, 0 for the Unix socket alone.
         environment: Further environment of the process.
         arguments: Further arguments: a file, ``--sentinel``.
+        prefix: What starts it elsewhere: ``ip netns exec``, which the server replaces.
     """
 
     kind: str
@@ -52,6 +53,7 @@ class Server:
     port: int = 0
     environment: Mapping[str, str] = field(default_factory=dict)
     arguments: tuple[str, ...] = ()
+    prefix: tuple[str, ...] = ()
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -85,7 +87,7 @@ class Server:
         }
         arguments = [text for name, value in settings.items() for text in (f"--{name}", value)]
         self.process = subprocess.Popen(
-            [BINARIES[self.kind], *self.arguments, *arguments],
+            [*self.prefix, BINARIES[self.kind], *self.arguments, *arguments],
             env={**os.environ, **self.environment},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -92,6 +92,8 @@ class Recorder:
             if answer.status == 200:
                 found = {"outcome": Outcome.OK, **read(body)}
             elif answer.status in NOT_NOW:
+                if answer.status == 503 and int(answer.headers.get("retry-after", "0")) < 1:
+                    note(self.history, "not now says when", f"{asked.kind}: {body['code']}")
                 found = {"outcome": Outcome.MAYBE, "code": body["code"]}
             else:
                 found = {"outcome": Outcome.REFUSED, "code": body["code"]}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Final
 
-from progressdb_kms.domain.errors import StoreUnavailable
+from progressdb_kms.domain.errors import KmsError, StoreUnavailable
 from progressdb_kms.ports import Changes
 from progressdb_kms.store.redis import scripts
 from progressdb_kms.store.redis.failures import Failure
@@ -16,6 +17,7 @@ from progressdb_kms.store.settings import StoreSettings
 KEPT_MS: Final = 300_000
 """How long a notice is kept: whoever has not read for longer starts with an empty memory."""
 _AT_ONCE: Final = 5000
+_NO_KEY: Final = ""
 NOTICE_MAX_AGE_MS: Final = 2000
 """Longest time between a notice and its change: instances keep a noticed key out of memory for 5 s."""
 
@@ -41,12 +43,18 @@ class Notices:
         """Read what came after ``cursor``; see ``KeyStore.changes``."""
         if cursor is None:
             last, total, *_ = await self._range("", 0)
+            if total == 0:
+                # Before keys are cached there has to be a stream, or its loss with the first notices in it
+                # would look like none ever. On a store that takes no writes nothing is cached.
+                with suppress(KmsError):
+                    await self.put(_NO_KEY)
+                last, total, *_ = await self._range("", 0)
             return Changes(_cursor(last, total), frozenset())
         seen, _, count = cursor.partition("/")
         if wait > 0:
             await self._wait(seen, wait)
         last, total, *key_ids = await self._range(seen, _AT_ONCE)
-        whole = total - int(count) == len(key_ids)
+        whole = total > 0 and total - int(count) == len(key_ids)
         return Changes(_cursor(last, total), frozenset(key_id.decode() for key_id in key_ids), complete=whole)
 
     async def _range(self, last: str, limit: int) -> Reply:
