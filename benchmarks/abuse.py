@@ -31,7 +31,7 @@ from run import pin, service
 
 from progressdb_kms.client import open_sync_provider
 
-RATE = 50
+RATE = 100
 CONNECTIONS = 4
 SETTLE = 0.5
 HERE = Path(__file__).parent
@@ -207,8 +207,8 @@ async def _behave(target: Target, seconds: float) -> tuple[list[float], int]:
 
 
 def _print(rows: list[Row], chosen: list[Attack]) -> None:
-    print("| attack | made, 1/s | outcome | core busy, % | p50, ms (x) | p99, ms (x) | failed |")
-    print("|---|---|---|---|---|---|---|")
+    print("| attack | made, 1/s | outcome | core busy, % | CPU an attempt, ms | p50, ms (x) | p99, ms (x) | failed |")
+    print("|---|---|---|---|---|---|---|---|")
     for attack in chosen:
         of = [row for row in rows if row.attack == attack.name]
         outcomes: collections.Counter[str] = collections.Counter()
@@ -227,9 +227,10 @@ def _print(rows: list[Row], chosen: list[Attack]) -> None:
         )
         times50 = statistics.median(row.beside.p50 / row.quiet.p50 for row in of)
         times99 = statistics.median(row.beside.p99 / row.quiet.p99 for row in of)
+        cpu = statistics.median((row.beside.busy - row.quiet.busy) * 10 / max(row.made, 1e-9) for row in of)
         failed = sum(row.beside.failed for row in of)
         print(
-            f"| {attack.title} | {made:,.0f} | {said} | {busy:.0f} | {p50:.2f} ({times50:.1f}) "
+            f"| {attack.title} | {made:,.0f} | {said} | {busy:.0f} | {cpu:.2f} | {p50:.2f} ({times50:.1f}) "
             f"| {p99:.2f} ({times99:.1f}) | {failed} |"
         )
     print(
