@@ -1,9 +1,11 @@
 """What a well-behaved client notices while somebody abuses the service.
 
-The service has the first core to itself; its store, the client and the attacker share the second. The client sends
-encryptions at a fixed rate over mutual TLS whether or not the last was answered, and times each from when it
-was due, so that a service that stalls can't hide it. Each attack runs between two quiet spells of the same length, in
-several rounds; the table has the median of the rounds, and each round's ratio is to the quiet spells around it.
+The service has the first core to itself; its store, the client and the attacker share the second. The
+client sends encryptions at a fixed rate over mutual TLS whether or not the last was answered, and times each
+from when it was due, so that a service that stalls can't hide it. Each attack runs between two quiet spells of
+the same length, in several rounds; the table has medians of the rounds, and ratios are to the quiet spells
+around. The CPU time of an attempt is what the service spent beyond the quiet spells, by attempts made: it
+hardly depends on what else the machine does, as the times do.
 """
 
 from __future__ import annotations
@@ -80,7 +82,9 @@ def main() -> None:
                 with _limits(ready, attack):
                     beside, made, outcomes = _attacked(ready, target, attack, options.seconds)
                 after = _spell(ready, target, options.seconds)
-                quiet = Spell(*(statistics.mean(pair) for pair in zip(_values(before), _values(after), strict=True)))
+                quiet = Spell(
+                    *(statistics.mean(pair) for pair in zip(_values(before), _values(after), strict=True))
+                )
                 rows.append(Row(attack.name, quiet, beside, made, outcomes))
                 before = after
                 print(".", end="", file=sys.stderr, flush=True)
@@ -98,7 +102,9 @@ def _values(spell: Spell) -> tuple[float, float, int, float]:
 def _target(ready: dict[str, Any]) -> Target:
     url = urlsplit(ready["url"])
     clients = ready["clients"]
-    certificates = {name: (clients[name]["cert"], clients[name]["key"]) for name in ("server", "stranger", "operator")}
+    certificates = {
+        name: (clients[name]["cert"], clients[name]["key"]) for name in ("server", "stranger", "operator")
+    }
     cert, key = certificates["server"]
     with open_sync_provider(ready["url"], ca=ready["ca"], cert=cert, key=key) as kms:
         key_id = kms.create_dek_for_thread("bench:abuse").key_id
@@ -207,7 +213,9 @@ async def _behave(target: Target, seconds: float) -> tuple[list[float], int]:
 
 
 def _print(rows: list[Row], chosen: list[Attack]) -> None:
-    print("| attack | made, 1/s | outcome | core busy, % | CPU an attempt, ms | p50, ms (x) | p99, ms (x) | failed |")
+    print(
+        "| attack | made, 1/s | outcome | core busy, % | CPU each, ms | p50, ms (x) | p99, ms (x) | failed |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for attack in chosen:
         of = [row for row in rows if row.attack == attack.name]
@@ -215,7 +223,9 @@ def _print(rows: list[Row], chosen: list[Attack]) -> None:
         for row in of:
             outcomes.update(row.outcomes)
         total = sum(outcomes.values()) or 1
-        said = ", ".join(f"{what} {count / total:.0%}" for what, count in outcomes.most_common(3)) or "held open"
+        said = (
+            ", ".join(f"{what} {count / total:.0%}" for what, count in outcomes.most_common(3)) or "held open"
+        )
         p50, p99, made, busy = (
             statistics.median(values)
             for values in (

@@ -65,7 +65,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Attack:
-    """An attack: attempts begun at a fixed rate; limits of the policy that hold for its identity meanwhile."""
+    """An attack: attempts begun at a fixed rate; limits of the policy that hold for its identity."""
 
     name: str
     title: str
@@ -75,7 +75,7 @@ class Attack:
     identity: str = ""
 
     async def run(self, target: Target, seconds: float, outcomes: Outcomes) -> None:
-        """Begin attempts for so long, never more than ``UNDER_WAY`` at once, and count what becomes of them."""
+        """Begin attempts for so long, at most ``UNDER_WAY`` at once, and count what becomes of them."""
         began = time.perf_counter()
         tasks: set[asyncio.Task[None]] = set()
         number = 0
@@ -147,7 +147,9 @@ async def _handshake(who: str, newest: ssl.TLSVersion, target: Target, outcomes:
         await _answers(line, outcomes)
 
 
-async def _say(who: str, message: Callable[[Target], bytes], most: int, target: Target, outcomes: Outcomes) -> None:
+async def _say(
+    who: str, message: Callable[[Target], bytes], most: int, target: Target, outcomes: Outcomes
+) -> None:
     async with _closing(await target.tls(who)) as line:
         line[1].write(message(target))
         await _answers(line, outcomes, most)
@@ -168,7 +170,11 @@ async def _dribble(start: Callable[[Target], bytes], target: Target, outcomes: O
 
 def _raw(*lines: str, body: bytes = b"{}") -> Callable[[Target], bytes]:
     def message(target: Target) -> bytes:
-        return "\r\n".join(["POST /encrypt HTTP/1.1", f"Host: {target.host}", *lines]).encode() + b"\r\n\r\n" + body
+        return (
+            "\r\n".join(["POST /encrypt HTTP/1.1", f"Host: {target.host}", *lines]).encode()
+            + b"\r\n\r\n"
+            + body
+        )
 
     return message
 
@@ -197,20 +203,67 @@ ATTACKS = [
     Attack("tcp-flood", "TCP connections, closed at once", 2_000, _connect),
     Attack("no-certificate", "handshakes without a certificate", 50, partial(_handshake, "nobody", _NEW)),
     Attack("no-grant", "handshakes and a request without a grant", 50, partial(_handshake, "stranger", _NEW)),
-    Attack("no-certificate-fast", "the same without a certificate, faster", 200, partial(_handshake, "nobody", _NEW)),
+    Attack(
+        "no-certificate-fast",
+        "the same without a certificate, faster",
+        200,
+        partial(_handshake, "nobody", _NEW),
+    ),
     Attack("tls12", "TLS 1.2, where renegotiation would be", 200, partial(_handshake, "stranger", _OLD)),
     Attack("slow-headers", "slow headers", 20, partial(_dribble, lambda _: _SLOW_HEAD)),
-    Attack("slow-bodies", "slow bodies", 20, partial(_dribble, lambda t: t.post("/encrypt", b"{" * 90_000)[:-80_000])),
-    Attack("cl-te", "Content-Length and Transfer-Encoding", 20, partial(_say, "stranger", _raw("Content-Length: 2", "Transfer-Encoding: chunked"), 1)),
-    Attack("two-cl", "two Content-Lengths", 20, partial(_say, "stranger", _raw("Content-Length: 2", "Content-Length: 3"), 1)),
+    Attack(
+        "slow-bodies",
+        "slow bodies",
+        20,
+        partial(_dribble, lambda t: t.post("/encrypt", b"{" * 90_000)[:-80_000]),
+    ),
+    Attack(
+        "cl-te",
+        "Content-Length and Transfer-Encoding",
+        20,
+        partial(_say, "stranger", _raw("Content-Length: 2", "Transfer-Encoding: chunked"), 1),
+    ),
+    Attack(
+        "two-cl",
+        "two Content-Lengths",
+        20,
+        partial(_say, "stranger", _raw("Content-Length: 2", "Content-Length: 3"), 1),
+    ),
     Attack("odd-cl", "Content-Length: +2", 20, partial(_say, "stranger", _raw("Content-Length: +2"), 1)),
-    Attack("absolute", "absolute-form", 20, partial(_say, "stranger", lambda _: b"GET http://other.example/healthz HTTP/1.1\r\nHost: other.example\r\n\r\n", 1)),
-    Attack("connect", "CONNECT", 20, partial(_say, "stranger", lambda _: b"CONNECT other:443 HTTP/1.1\r\nHost: other:443\r\n\r\n", 1)),
+    Attack(
+        "absolute",
+        "absolute-form",
+        20,
+        partial(
+            _say,
+            "stranger",
+            lambda _: b"GET http://other.example/healthz HTTP/1.1\r\nHost: other.example\r\n\r\n",
+            1,
+        ),
+    ),
+    Attack(
+        "connect",
+        "CONNECT",
+        20,
+        partial(_say, "stranger", lambda _: b"CONNECT other:443 HTTP/1.1\r\nHost: other:443\r\n\r\n", 1),
+    ),
     Attack("preface", "HTTP/2 preface", 20, partial(_say, "stranger", lambda _: PREFACE, 1)),
-    Attack("pipelining", "100 requests in one piece, no grant", 2, partial(_say, "stranger", lambda t: t.post("/encrypt", b"{}") * _DEEP, _DEEP)),
+    Attack(
+        "pipelining",
+        "100 requests in one piece, no grant",
+        2,
+        partial(_say, "stranger", lambda t: t.post("/encrypt", b"{}") * _DEEP, _DEEP),
+    ),
     Attack("header-flood", "2,000 headers", 20, partial(_say, "stranger", _flood, 1)),
     Attack("body-under", "body just under 2 MiB", 5, partial(_say, "stranger", _body(2 * _MIB - 100), 1)),
     Attack("body-over", "body just over 2 MiB", 5, partial(_say, "stranger", _body(2 * _MIB), 1)),
     Attack("batches", "batches of 10,000, with a grant", 2, partial(_say, "server", _batch, 1)),
-    Attack("batches-limited", "the same, limited to 1,000 operations/s", 2, partial(_say, "operator", _batch, 1), {"operations_per_second": 1_000, "burst": 1_000}, "dns:operator"),
+    Attack(
+        "batches-limited",
+        "the same, limited to 1,000 operations/s",
+        2,
+        partial(_say, "operator", _batch, 1),
+        {"operations_per_second": 1_000, "burst": 1_000},
+        "dns:operator",
+    ),
 ]

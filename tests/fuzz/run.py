@@ -1,7 +1,9 @@
-"""Fuzz one target, guided by coverage: ``python -m tests.fuzz.run TARGET SECONDS``; prints how many inputs were tried.
+"""Fuzz one target, guided by coverage; prints how many inputs were tried.
 
-Needs atheris (``requirements/fuzz.txt``). Starts from the corpus in the tree; what it finds goes into a folder
-of its own, and an input that breaks a promise is written to ``crash-...`` there.
+usage: python -m tests.fuzz.run TARGET SECONDS [FOLDER]
+
+Needs atheris (``requirements/fuzz.txt``). Starts from the corpus in the tree; what it finds goes into a
+folder of its own, and an input that breaks a promise is written to ``crash-...`` there.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import atheris
+import atheris  # type: ignore[import-untyped,import-not-found,unused-ignore] # in make fuzz's environment only
 
 with atheris.instrument_imports(include=["progressdb_kms", "h11", "yaml", "hypercorn.protocol.h11"]):
     from tests.fuzz.targets import TARGETS
@@ -24,7 +26,9 @@ def main() -> None:
     found = Path(sys.argv[3]) if sys.argv[3:] else Path(tempfile.mkdtemp(prefix=f"fuzz-{name}-"))
     found.mkdir(parents=True, exist_ok=True)
     limits = [f"-max_total_time={seconds}", "-print_final_stats=1", "-max_len=4096", "-timeout=60"]
-    atheris.Setup([sys.argv[0], *limits, f"-artifact_prefix={found}/", str(found), str(CORPUS / name)], TARGETS[name])
+    atheris.Setup(
+        [sys.argv[0], *limits, f"-artifact_prefix={found}/", str(found), str(CORPUS / name)], TARGETS[name]
+    )
     atheris.Fuzz()
 
 

@@ -1,4 +1,4 @@
-"""What h11 takes leniently is read in one way, however it arrives, and what could be read in two is refused."""
+"""What h11 takes leniently has one reading, however it arrives; what could be read in two ways is refused."""
 
 from __future__ import annotations
 
@@ -76,7 +76,9 @@ async def test_ambiguity_is_refused(name: str) -> None:
         assert statuses[:1] in ([b"400"], [b"501"])
 
 
-@pytest.mark.parametrize("line", [b"HEAD /e HTTP/1.2", b"HEAD /e HTTP/1.1\r\nContent-Length: 0\r\nTransfer-Encoding: chunked"])
+@pytest.mark.parametrize(
+    "line", [b"HEAD /e HTTP/1.2", b"HEAD /e HTTP/1.1\r\nContent-Length: 0\r\nTransfer-Encoding: chunked"]
+)
 async def test_a_refused_head_is_answered_without_a_body(line: bytes) -> None:
     """RFC 9110 9.3.2: an answer to HEAD has no body, a refusal's neither; and there is an answer."""
     assert await serve([line + b"\r\nHost: h\r\n\r\n"]) == ([], [b"400"])

@@ -76,4 +76,6 @@ def _matches(line: bytes, filters: Mapping[str, str]) -> bool:
         fields = json.loads(line)
     except (ValueError, RecursionError):
         return True  # damaged: the auditor should see it
-    return not isinstance(fields, dict) or all(fields.get(_MEMBERS.get(name, name)) == value for name, value in filters.items())
+    return not isinstance(fields, dict) or all(
+        fields.get(_MEMBERS.get(name, name)) == value for name, value in filters.items()
+    )
