@@ -2,8 +2,8 @@
 
 The service has the first core to itself; its store, the client and the attacker share the second. The
 client sends encryptions at a fixed rate over mutual TLS whether or not the last was answered, and times each
-from when it was due, so that a service that stalls can't hide it. Each attack runs between two quiet spells of
-the same length, in several rounds; the table has medians of the rounds, and ratios are to the quiet spells
+from when it was due, so that a service that stalls can't hide it. Each attack runs between two quiet spells
+of the same length, in several rounds; the table has medians of the rounds, and ratios are to the quiet spells
 around. The CPU time of an attempt is what the service spent beyond the quiet spells, by attempts made: it
 hardly depends on what else the machine does, as the times do.
 """
