@@ -50,10 +50,24 @@ test-fault: export FAULT_RUNS ?= 200
 test-fault: install system-packages ## the fault tests in long form (FAULT_RUNS times each)
 	$(PYTEST) tests/fault --timeout=0 $(ARGS)
 
+# Seconds that each target of the fuzzer gets; 0 leaves it out.
+FUZZ_SECONDS ?= 60
+FUZZ_TARGETS ?= blob policy config kek export audit http
 .PHONY: fuzz
 fuzz: export HYPOTHESIS_PROFILE := fuzz
-fuzz: install system-packages ## the property tests with 100 times the examples, and new ones each run
+fuzz: install system-packages ## the property tests with 100 times the examples, then the fuzzer (FUZZ_SECONDS a target)
 	$(PYTEST) tests -m fuzz -n $(WORKERS) --timeout=0 $(ARGS)
+	test $(FUZZ_SECONDS) -eq 0 || $(MAKE) fuzz-bytes
+
+.PHONY: fuzz-bytes
+fuzz-bytes: .venv-fuzz/.installed ## the fuzzer alone, guided by coverage (FUZZ_SECONDS, FUZZ_TARGETS)
+	for target in $(FUZZ_TARGETS); do .venv-fuzz/bin/python -m tests.fuzz.run $$target $(FUZZ_SECONDS); done
+
+.venv-fuzz/.installed: requirements/fuzz.txt .venv/.installed
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv-fuzz
+	$(BIN)/uv pip install --quiet --python .venv-fuzz/bin/python --no-deps --require-hashes -r requirements/dev.txt -r requirements/fuzz.txt
+	$(BIN)/uv pip install --quiet --python .venv-fuzz/bin/python --no-deps --no-build-isolation -e .
+	touch $@
 
 .PHONY: test-wheel
 test-wheel: install ## build the wheel and test it in fresh environments
@@ -181,5 +195,5 @@ test-examples docs:
 .PHONY: clean
 clean: ## remove caches, reports and builds (.venv and .dev, which holds keys, stay)
 	rm -rf build dist htmlcov .coverage .coverage.* .hypothesis .schemathesis
-	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .venv-3.* .venv-audit
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .venv-3.* .venv-audit .venv-fuzz
 	find service tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +

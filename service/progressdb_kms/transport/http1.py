@@ -75,6 +75,7 @@ class Http1(H11Protocol):
         super().__init__(*args)
         self.of = connection
         self._head = b""
+        self._bodiless = False
 
     @property
     def buffered(self) -> bool:
@@ -124,6 +125,7 @@ class Http1(H11Protocol):
         """Switch to no other protocol."""
 
     async def _create_stream(self, request: h11.Request) -> None:
+        self._bodiless = request.method == b"HEAD"
         refusal = self._refusal(request)
         if refusal is not None:
             await self._refuse(*refusal)
@@ -177,5 +179,6 @@ class Http1(H11Protocol):
         log.info("request refused: %s, peer %s, request %s", error.code, self.of.peer, request_id)
         date = self.config.response_headers("h11")
         await self._send_h11_event(h11.Response(status_code=status, headers=list(chain(headers, date))))
-        await self._send_h11_event(h11.Data(data=body))
+        if not self._bodiless:  # h11 refuses to send what RFC 9110 9.3.2 forbids
+            await self._send_h11_event(h11.Data(data=body))
         await self._send_h11_event(h11.EndOfMessage())

@@ -74,6 +74,8 @@ def _matches(line: bytes, filters: Mapping[str, str]) -> bool:
         return True
     try:
         fields = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return True  # damaged: the auditor should see it
-    return all(fields.get(_MEMBERS.get(name, name)) == value for name, value in filters.items())
+    return not isinstance(fields, dict) or all(
+        fields.get(_MEMBERS.get(name, name)) == value for name, value in filters.items()
+    )

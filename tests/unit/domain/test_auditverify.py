@@ -227,6 +227,8 @@ def test_what_is_no_audit_record_is_left_alone() -> None:
         b'{"audit":"x","chain":',
         b'{"audit":"x","chain":"c","seq":true,"prev":"","mac":"' + b"0" * 64 + b'"}',
         b'{"audit":"\xff"}',
+        b'{"audit":' + b"[" * 2000,
+        b'{"audit":' + b"[" * 100_000,
     ],
 )
 def test_a_torn_line_is_found(line: bytes) -> None:
