@@ -305,7 +305,7 @@ class ChainedAuditLog:
                 if self._sinks.directory is not None:
                     self._files = AuditFiles(self._sinks.directory, name, self._sinks.file_bytes)
                 self._pending = [record]
-                log.info("audit_chain_opened", chain=name, key=self._key.key_id)
+                log.debug("audit_chain_opened", chain=name, key_id=self._key.key_id)
                 return
         raise AuditUnavailable("the audit log's roster changes all the time: try again")
 
