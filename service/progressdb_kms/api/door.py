@@ -22,6 +22,7 @@ from progressdb_kms.api.call import Call
 from progressdb_kms.api.problems import problem_of
 from progressdb_kms.api.routes import ROUTES
 from progressdb_kms.domain import errors
+from progressdb_kms.usecases.longbatch import LONG_BYTES
 from progressdb_kms.usecases.messages import JSON, MSGPACK
 
 if TYPE_CHECKING:
@@ -128,6 +129,7 @@ class HotRequest:
     __slots__ = (
         "_accept",
         "_api",
+        "_at_once",
         "_content_type",
         "_debug",
         "_functions",
@@ -164,6 +166,7 @@ class HotRequest:
         self._request_id = given_request_id(head.fields.get("x-request-id", ""))
         self._prefix = b"content-type: %b\r\ncontent-length: " % accept.encode()
         self.body_limit = api.body_limit(route)
+        self._at_once = LONG_BYTES if route.batch else self.body_limit
 
     def answer(self, session: object, body: bytes) -> RawAnswer | Callable[[], Awaitable[RawAnswer]]:
         """Answer out of memory, or return what waits for the answer; never raises."""
@@ -171,7 +174,7 @@ class HotRequest:
         caller = cast("Session", session)
         request_id = self._request_id or new_request_id()
         # A caller with limits holds a place while it is answered, which is the slow way's to keep.
-        if self._hot is not None and not caller.limited:
+        if self._hot is not None and len(body) <= self._at_once and not caller.limited:
             try:
                 answer = self._hot(caller, self._content_type, self._accept, body, {})
             except Exception as error:  # noqa: BLE001 - explained to log and caller

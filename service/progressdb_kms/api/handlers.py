@@ -33,13 +33,16 @@ from progressdb_kms.domain.errors import (
 from progressdb_kms.domain.keys import KeyState, StateChange
 from progressdb_kms.domain.policy import Permission
 from progressdb_kms.usecases import auditread, dekrotation, lifecycle, rotationwatch
-from progressdb_kms.usecases.encryption import failed
+from progressdb_kms.usecases.encryption import DECRYPT_BATCH, ENCRYPT_BATCH, failed
 from progressdb_kms.usecases.lifecycle import Wanted
+from progressdb_kms.usecases.longbatch import LONG_BYTES, answer_in_slices
 from progressdb_kms.usecases.messages import (
     BatchReader,
     CreatedDek,
     CreateItem,
     CreateRequest,
+    DecryptItem,
+    EncryptItem,
     Reader,
     Results,
     RewrappedDek,
@@ -113,6 +116,10 @@ async def decrypt(call: Call) -> bytes:
 
 async def encrypt_batch(call: Call) -> bytes:
     """Encrypt many messages."""
+    if len(call.body) > LONG_BYTES:
+        return await answer_in_slices(
+            call.loader, call.session, ENCRYPT_BATCH, call.hot.encrypt_items, _plaintext_bytes, _long(call)
+        )
     return await call.loader.answer(
         call.hot.encrypt_batch, call.session, call.content_type, call.accept, call.body
     )
@@ -120,9 +127,25 @@ async def encrypt_batch(call: Call) -> bytes:
 
 async def decrypt_batch(call: Call) -> bytes:
     """Decrypt many messages."""
+    if len(call.body) > LONG_BYTES:
+        return await answer_in_slices(
+            call.loader, call.session, DECRYPT_BATCH, call.hot.decrypt_items, _ciphertext_bytes, _long(call)
+        )
     return await call.loader.answer(
         call.hot.decrypt_batch, call.session, call.content_type, call.accept, call.body
     )
+
+
+def _long(call: Call) -> tuple[str, str, bytes, int]:
+    return call.content_type, call.accept, call.body, call.kms.bounds.batch_items
+
+
+def _plaintext_bytes(item: EncryptItem) -> int:
+    return len(item.plaintext)
+
+
+def _ciphertext_bytes(item: DecryptItem) -> int:
+    return len(item.ciphertext)
 
 
 async def get_wrapped(call: Call) -> bytes:

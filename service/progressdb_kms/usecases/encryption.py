@@ -29,7 +29,7 @@ from progressdb_kms.usecases.messages import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from progressdb_kms.domain.policy import Grants
     from progressdb_kms.usecases.context import Kms
@@ -134,6 +134,21 @@ class Hot:
         if not grants.allows_some(Permission.ENCRYPT):
             grants.require(Permission.ENCRYPT)
         items = ENCRYPT_BATCH.read(content_type, body, self._kms.bounds.batch_items)
+        results = self.encrypt_items(session, items, loaded)
+        if isinstance(results, Miss):
+            return results
+        session.charge(len(items) - 1)
+        return encode(accept, Results(results))
+
+    def encrypt_items(
+        self, session: Session, items: Sequence[EncryptItem | KmsError], loaded: Loaded
+    ) -> list[Encrypted | Failed] | Miss:
+        """Encrypt the items of a batch, or of a part of one.
+
+        Raises:
+            CertificateExpired: The caller's.
+        """
+        grants = session.grants()
         keys = self._keys(items, loaded)
         if isinstance(keys, Miss):
             return keys
@@ -170,8 +185,7 @@ class Hot:
         self._kms.observer.dek_uses("encrypt", len(done))
         if self._calls.wanted:
             self._calls.note("encrypt", session.name, done)
-        session.charge(len(items) - 1)
-        return encode(accept, Results(results))
+        return results
 
     def decrypt_batch(
         self, session: Session, content_type: str, accept: str, body: bytes, loaded: Loaded
@@ -185,6 +199,21 @@ class Hot:
         if not grants.allows_some(Permission.DECRYPT):
             grants.require(Permission.DECRYPT)
         items = DECRYPT_BATCH.read(content_type, body, self._kms.bounds.batch_items)
+        results = self.decrypt_items(session, items, loaded)
+        if isinstance(results, Miss):
+            return results
+        session.charge(len(items) - 1)
+        return encode(accept, Results(results))
+
+    def decrypt_items(
+        self, session: Session, items: Sequence[DecryptItem | KmsError], loaded: Loaded
+    ) -> list[Decrypted | Failed] | Miss:
+        """Decrypt the items of a batch, or of a part of one.
+
+        Raises:
+            CertificateExpired: The caller's.
+        """
+        grants = session.grants()
         keys = self._keys(items, loaded)
         if isinstance(keys, Miss):
             return keys
@@ -203,8 +232,7 @@ class Hot:
         self._kms.observer.dek_uses("decrypt", len(done))
         if self._calls.wanted:
             self._calls.note("decrypt", session.name, done)
-        session.charge(len(items) - 1)
-        return encode(accept, Results(results))
+        return results
 
     def _failed(self, error: KmsError, route: str) -> Failed:
         if isinstance(error, PermissionDenied):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Final
+from functools import partial
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import structlog
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     HotFunction = Callable[[Session, str, str, bytes, Loaded], bytes | Miss]
 
 log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
 
 _ROUNDS: Final = 4
 """Rounds of miss and fetch: load, reserve, and one more of each where a key was dropped in between."""
@@ -90,11 +93,19 @@ class Loader:
         Raises:
             KmsError: What the hot function raises, or StoreUnavailable.
         """
+        return await self.complete(partial(hot, session, content_type, accept, body))
+
+    async def complete(self, attempt: Callable[[Loaded], T | Miss]) -> T:
+        """Try again with what was fetched for it, until nothing is lacking.
+
+        Raises:
+            KmsError: What ``attempt`` raises, or StoreUnavailable.
+        """
         loaded: Loaded = {}
         try:
             for _ in range(_ROUNDS):
                 self._drop_old(loaded)
-                answer = hot(session, content_type, accept, body, loaded)
+                answer = attempt(loaded)
                 if not isinstance(answer, Miss):
                     return answer
                 if answer.load:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Generic, TypeVar, cast
 
 import msgspec
@@ -278,6 +278,21 @@ class BatchReader(Generic[T]):
             return self._each(MSGPACK, body, _MSGPACK_RAW_BATCH, limit)
         raise UnsupportedMediaType
 
+    def begin(self, content_type: str, body: bytes, limit: int) -> Sequence[T | KmsError | msgspec.Raw]:
+        """Read a batch as ``read`` does, but leave to ``item`` what would take long for all of it at once."""
+        if content_type == MSGPACK:
+            return self._raw(MSGPACK, body, _MSGPACK_RAW_BATCH, limit)
+        return self.read(content_type, body, limit)
+
+    def item(self, content_type: str, item: T | KmsError | msgspec.Raw) -> T | KmsError:
+        """Read an item that ``begin`` left, or return it as it is."""
+        if not isinstance(item, msgspec.Raw):
+            return item
+        try:
+            return self._item.read(content_type, item)
+        except KmsError as error:
+            return error
+
     def _each(
         self,
         content_type: str,
@@ -285,6 +300,15 @@ class BatchReader(Generic[T]):
         decoder: msgspec.json.Decoder[_RawBatch] | msgspec.msgpack.Decoder[_RawBatch],
         limit: int,
     ) -> list[T | KmsError]:
+        return [self.item(content_type, item) for item in self._raw(content_type, body, decoder, limit)]
+
+    @staticmethod
+    def _raw(
+        content_type: str,
+        body: bytes,
+        decoder: msgspec.json.Decoder[_RawBatch] | msgspec.msgpack.Decoder[_RawBatch],
+        limit: int,
+    ) -> list[msgspec.Raw]:
         try:
             raw = decoder.decode(body)
             # Before anything is done for each: millions of tiny bad items fit into a body.
@@ -296,14 +320,7 @@ class BatchReader(Generic[T]):
             raise MalformedBody from None
         if names != 1:
             raise DuplicateField
-        read = self._item.read
-        results: list[T | KmsError] = []
-        for item in raw.items:
-            try:
-                results.append(read(content_type, item))
-            except KmsError as error:
-                results.append(error)
-        return results
+        return raw.items
 
 
 def _within(limit: int, items: int) -> None:

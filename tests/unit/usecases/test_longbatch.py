@@ -1,0 +1,122 @@
+"""A long batch is worked off in slices: others get their turn, and each slice looks at the world anew."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from progressdb_kms.domain.keys import StateChange
+from progressdb_kms.usecases.encryption import DECRYPT_BATCH, ENCRYPT_BATCH
+from progressdb_kms.usecases.longbatch import SLICE_ITEMS, answer_in_slices
+from progressdb_kms.usecases.messages import JSON, MSGPACK
+from tests.unit.helpers import World, make_world
+
+ITEMS = 5 * SLICE_ITEMS
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> World:
+    """Put a service together."""
+    return await make_world(tmp_path)
+
+
+async def encrypt(world: World, items: list[Any], content_type: str = JSON) -> list[dict[str, Any]]:
+    """Encrypt a batch in slices; the answer is read from JSON."""
+    body = (msgspec.json if content_type == JSON else msgspec.msgpack).encode({"items": items})
+    call = (content_type, JSON, body, 10_000)
+    work = world.hot.encrypt_items
+    answer = await answer_in_slices(
+        world.loader, world.session("server"), ENCRYPT_BATCH, work, lambda item: len(item.plaintext), call
+    )
+    return list(msgspec.json.decode(answer)["results"])
+
+
+async def decrypt(world: World, items: list[Any]) -> list[dict[str, Any]]:
+    """Decrypt a batch in slices."""
+    call = (JSON, JSON, msgspec.json.encode({"items": items}), 10_000)
+    work = world.hot.decrypt_items
+    answer = await answer_in_slices(
+        world.loader, world.session("server"), DECRYPT_BATCH, work, lambda item: len(item.ciphertext), call
+    )
+    return list(msgspec.json.decode(answer)["results"])
+
+
+@pytest.mark.parametrize("content_type", [JSON, MSGPACK])
+async def test_each_item_has_its_result_in_its_place(world: World, content_type: str) -> None:
+    """Also where items are bad, and keys are not in memory."""
+    key_id = await world.key()
+    items: list[Any] = [{"key_id": key_id, "plaintext": b"%d" % number} for number in range(ITEMS)]
+    items[SLICE_ITEMS] = 7
+    items[2 * SLICE_ITEMS - 1] = {"key_id": "k_" + "A" * 28, "plaintext": b""}
+    sealed = await encrypt(world, items, content_type)
+    assert {number for number, result in enumerate(sealed) if "error" in result} == {
+        SLICE_ITEMS,
+        2 * SLICE_ITEMS - 1,
+    }
+    good = [result for result in sealed if "error" not in result]
+    opened = await decrypt(world, [{"key_id": key_id, "ciphertext": each["ciphertext"]} for each in good])
+    wanted = [item["plaintext"] for number, item in enumerate(items) if "error" not in sealed[number]]
+    assert [msgspec.json.decode(f'"{each["plaintext"]}"', type=bytes) for each in opened] == wanted
+
+
+async def test_others_get_their_turn(world: World) -> None:
+    """Between two slices whatever else is ready runs; a slice is bounded in bytes too."""
+    key_id = await world.key()
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    other = asyncio.create_task(count())
+    await encrypt(world, [{"key_id": key_id, "plaintext": b""}] * ITEMS)
+    assert turns >= ITEMS // SLICE_ITEMS
+    turns = 0
+    await encrypt(world, [{"key_id": key_id, "plaintext": bytes(2**17)}] * 20)
+    assert turns >= 10
+    other.cancel()
+
+
+async def test_a_change_in_between_counts(world: World) -> None:
+    """A key that is disabled while its batch is under way is refused in the slices that are left."""
+    key_id = await world.key()
+    await world.encrypt(key_id)
+
+    async def disable() -> None:
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        await world.store.change_state(key_id, StateChange.DISABLE, now=0)
+        world.cache.forget([key_id])
+
+    disabling = asyncio.create_task(disable())
+    results = await encrypt(world, [{"key_id": key_id, "plaintext": b""}] * ITEMS)
+    await disabling
+    codes = [result.get("error", {}).get("code") for result in results]
+    refused = codes.index("key_disabled")
+    assert 0 < refused < ITEMS
+    assert codes == [None] * refused + ["key_disabled"] * (ITEMS - refused)
+
+
+async def test_it_is_charged_as_a_whole(world: World) -> None:
+    """Each item beyond the first is an operation more."""
+    key_id = await world.key()
+    charged: list[int] = []
+    session = world.session("server")
+    session_class = type("Session", (type(session),), {"charge": lambda _, count: charged.append(count)})
+    counted = session_class(session.identity, world.book, world.now)
+    body = msgspec.json.encode({"items": [{"key_id": key_id, "plaintext": b""}] * ITEMS})
+    await answer_in_slices(
+        world.loader,
+        counted,
+        ENCRYPT_BATCH,
+        world.hot.encrypt_items,
+        lambda item: len(item.plaintext),
+        (JSON, JSON, body, 10_000),
+    )
+    assert charged == [ITEMS - 1]
