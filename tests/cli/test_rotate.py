@@ -156,7 +156,7 @@ def test_a_sample_is_verified(rotated: Dev) -> None:
     words = ("rotate", "--config", rotated.ready["config"], "--verify", "sample=5", "--batch", "10")
     done = command(*words, "--max-rate", "1000000", "--json")
     assert done.returncode == 0, done.stdout + done.stderr
-    result = [json.loads(line) for line in done.stdout.splitlines()][-1]
+    (result,) = [line for line in map(json.loads, done.stdout.splitlines()) if line.get("event") == "result"]
     assert result["target_version"] == 3
 
 
