@@ -52,9 +52,13 @@ class KeyLife(RuleBasedStateMachine):
             self.tried(self.store.registry.reserve_wraps(version, 1))
 
     def teardown(self) -> None:
-        """Close the store."""
-        self.runner.run(self.store.close())
-        self.runner.close()
+        """Compare the census, which asks every slot and is too slow for each step; close the store."""
+        try:
+            live = Counter(record.kek_version for record in self.model.values() if record.wrapped)
+            assert self.tried(self.store.keys.census()) == dict(live)
+        finally:
+            self.runner.run(self.store.close())
+            self.runner.close()
 
     def tried(self, call: Awaitable[Any]) -> Any:
         """Return what a call returned, or the class of the error that it raised."""
@@ -219,11 +223,9 @@ class KeyLife(RuleBasedStateMachine):
 
     @invariant()
     def the_store_is_as_the_model(self) -> None:
-        """Every record, and the count of wrapped keys by version of the KEK."""
+        """Every record."""
         found = self.tried(self.store.keys.get(list(self.model)))
         assert found == list(self.model.values())
-        live = Counter(record.kek_version for record in self.model.values() if record.wrapped)
-        assert self.tried(self.store.keys.census()) == dict(live)
 
 
 @pytest.mark.fuzz
@@ -239,8 +241,6 @@ def test_any_life_of_keys(variant: str, servers: Callable[[str], Server]) -> Non
         return RedisHarness(server, runner.run(open_store(StoreSettings(server.url))))
 
     machine = type("KeyLifeOfVariant", (KeyLife,), {"open_harness": staticmethod(opened)})
-    examples = settings().max_examples
-    # Each step on a server waits for its disk: fewer lives there, the same steps.
-    run_state_machine_as_test(
-        machine, settings=settings(max_examples=examples if variant == "memory" else examples // 10)
-    )
+    # Each step on a server waits for its disk: make fuzz lives fewer lives there.
+    most = settings().max_examples if variant == "memory" else min(settings().max_examples, 500)
+    run_state_machine_as_test(machine, settings=settings(max_examples=most))
