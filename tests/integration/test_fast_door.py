@@ -259,6 +259,26 @@ def test_the_door_answers_the_ordinary(world: World, material: dict[str, Any]) -
         assert instance.metric("kms_fast_door_requests_total") == before + share * len(ordinary)
 
 
+def test_refusals_that_say_when_to_come_again(world: World) -> None:
+    """429 and 503 have the same fields, in the same order, at the door."""
+    create = request("POST /create_dek_for_thread", b'{"thread_id":"t"}', JSON)
+    for instance in world.instances:
+        instance.limit(operations_per_second=1, burst=1)
+    try:
+        # What trickles in between two requests lets a second one in, and leaves a debt of nearly a second.
+        found = both(world, [*[request("GET /get_wrapped?key_id=k_none", None)] * 3, create])
+        assert [status for status, _, _ in found][2:] == ["HTTP/1.1 429 "] * 2
+    finally:
+        for instance in world.instances:
+            instance.limit()
+    world.store.pause()
+    try:
+        found = both(world, [create])
+        assert [status for status, _, _ in found] == ["HTTP/1.1 503 "]
+    finally:
+        world.store.resume()
+
+
 def test_http_1_0(world: World) -> None:
     """It is answered, and the connection closes."""
     for fields in ("", "Connection: keep-alive\r\n"):

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import threading
-from typing import Any
 
 from tests.contract.wire_client import Client, assert_problem
-from tests.integration.world import POLICY, Instance, World, eventually, write_private
-
-
-def limit(service: Instance, **fields: Any) -> None:
-    """Give dns:server these limits, or none, and wait until they count."""
-    before = service.metric("kms_reloads_total", what="policy")
-    limits = [{"identities": ["dns:server"], **fields}] if fields else []
-    write_private(service.policy, json.dumps({**POLICY, "limits": limits}))
-    service.until("kms_reloads_total", lambda count: count > before, what="policy")
+from tests.integration.world import Instance, World, eventually
 
 
 def test_a_rate_holds_for_all_connections_and_for_one_identity(service: Instance) -> None:
     """Beyond it a caller gets 429 and when to come again, others notice nothing; a batch counts its items."""
     key_id = service.client("server").create("t:1")["key_id"]
     body = {"key_id": key_id, "plaintext": ""}
-    limit(service, operations_per_second=1, burst=40)
+    service.limit(operations_per_second=1, burst=40)
     service.client("server").post("/encrypt_batch", {"items": [body] * 100}).ok()
     refused = service.client("server").post("/encrypt", body)
     problem = assert_problem(refused, 429, "too_many_requests")
@@ -30,13 +20,13 @@ def test_a_rate_holds_for_all_connections_and_for_one_identity(service: Instance
     assert 50 <= int(refused.headers["retry-after"]) <= 61
     service.client("server").get("/healthz").ok()
     service.client("operator").encrypt(key_id, b"message")
-    limit(service)
+    service.limit()
     service.client("server").encrypt(key_id, b"message")
 
 
 def test_a_cap_on_requests_under_way(world: World, service: Instance) -> None:
     """While as many wait for the store as may, a further one is refused at once; a place gets free again."""
-    limit(service, concurrent=1)
+    service.limit(concurrent=1)
     key_id = service.client("server").create("t:1")["key_id"]
     waiting: Client = service.client("server")
     ended = threading.Event()
@@ -62,4 +52,4 @@ def test_a_cap_on_requests_under_way(world: World, service: Instance) -> None:
         world.store.resume()
         thread.join()
     other.encrypt(key_id, b"message")
-    limit(service)
+    service.limit()

@@ -291,6 +291,13 @@ class Instance:
         """Return all of the log's records."""
         return [json.loads(line) for line in self.err.read_text().splitlines() if line.startswith("{")]
 
+    def limit(self, **fields: object) -> None:
+        """Give dns:server these limits in the policy, or none, and wait until they count."""
+        before = self.metric("kms_reloads_total", what="policy")
+        limits = [{"identities": ["dns:server"], **fields}] if fields else []
+        write_private(self.policy, json.dumps({**POLICY, "limits": limits}))
+        self.until("kms_reloads_total", lambda count: count > before, what="policy")
+
     def warm(self, key_id: str) -> Client:
         """Use a key until it is served from memory; return the client that did."""
         client = self.client("server")

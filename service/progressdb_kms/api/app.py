@@ -61,7 +61,6 @@ def create_app(api: Api, hot: Hot) -> Quart:
     # dispatcher what goes over the route's own.
     app.config["MAX_CONTENT_LENGTH"] = max(api.limits.body_bytes, api.limits.batch_body_bytes)
     # A thread_id in a path may hold slashes, two in a row and at its ends too.
-    app.url_map.merge_slashes = False
     app.url_map.converters["any_text"] = _AnyText
     app.config["BODY_TIMEOUT"] = None  # the dispatcher's own covers the whole body
     document = openapi_document(api.limits)

@@ -19,10 +19,10 @@ from progressdb_kms.api.answering import (
     perform,
 )
 from progressdb_kms.api.call import Call
+from progressdb_kms.api.longbatch import LONG_BYTES
 from progressdb_kms.api.problems import problem_of
 from progressdb_kms.api.routes import ROUTES
 from progressdb_kms.domain import errors
-from progressdb_kms.usecases.longbatch import LONG_BYTES
 from progressdb_kms.usecases.messages import JSON, MSGPACK
 
 if TYPE_CHECKING:
@@ -173,7 +173,8 @@ class HotRequest:
         began = time.perf_counter()
         caller = cast("Session", session)
         request_id = self._request_id or new_request_id()
-        # A caller with limits holds a place while it is answered, which is the slow way's to keep.
+        # A caller with limits holds a place while it is answered, which ``perform`` sees to; and a long batch
+        # is cut there.
         if self._hot is not None and len(body) <= self._at_once and not caller.limited:
             try:
                 answer = self._hot(caller, self._content_type, self._accept, body, {})
@@ -243,7 +244,7 @@ class HotRequest:
                 close = True
             else:
                 lines.append(f"{name.lower()}: {value}\r\n")
-        lines.insert(1, f"content-length: {len(body)}\r\n")
+        lines.append(f"content-length: {len(body)}\r\n")
         lines.append(f"x-request-id: {request_id}\r\ncache-control: no-store\r\n")
         return status, "".join(lines).encode(), body, close
 

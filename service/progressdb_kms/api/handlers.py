@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from progressdb_kms.api.call import Call
+from progressdb_kms.api.longbatch import LONG_BYTES, answer_in_slices
 from progressdb_kms.api.models import (
     AuditRecords,
     BackupList,
@@ -35,14 +36,11 @@ from progressdb_kms.domain.policy import Permission
 from progressdb_kms.usecases import auditread, dekrotation, lifecycle, rotationwatch
 from progressdb_kms.usecases.encryption import DECRYPT_BATCH, ENCRYPT_BATCH, failed
 from progressdb_kms.usecases.lifecycle import Wanted
-from progressdb_kms.usecases.longbatch import LONG_BYTES, answer_in_slices
 from progressdb_kms.usecases.messages import (
     BatchReader,
     CreatedDek,
     CreateItem,
     CreateRequest,
-    DecryptItem,
-    EncryptItem,
     Reader,
     Results,
     RewrappedDek,
@@ -118,7 +116,7 @@ async def encrypt_batch(call: Call) -> bytes:
     """Encrypt many messages."""
     if len(call.body) > LONG_BYTES:
         return await answer_in_slices(
-            call.loader, call.session, ENCRYPT_BATCH, call.hot.encrypt_items, _plaintext_bytes, _long(call)
+            call, ENCRYPT_BATCH, call.hot.encrypt_items, lambda item: len(item.plaintext)
         )
     return await call.loader.answer(
         call.hot.encrypt_batch, call.session, call.content_type, call.accept, call.body
@@ -129,23 +127,11 @@ async def decrypt_batch(call: Call) -> bytes:
     """Decrypt many messages."""
     if len(call.body) > LONG_BYTES:
         return await answer_in_slices(
-            call.loader, call.session, DECRYPT_BATCH, call.hot.decrypt_items, _ciphertext_bytes, _long(call)
+            call, DECRYPT_BATCH, call.hot.decrypt_items, lambda item: len(item.ciphertext)
         )
     return await call.loader.answer(
         call.hot.decrypt_batch, call.session, call.content_type, call.accept, call.body
     )
-
-
-def _long(call: Call) -> tuple[str, str, bytes, int]:
-    return call.content_type, call.accept, call.body, call.kms.bounds.batch_items
-
-
-def _plaintext_bytes(item: EncryptItem) -> int:
-    return len(item.plaintext)
-
-
-def _ciphertext_bytes(item: DecryptItem) -> int:
-    return len(item.ciphertext)
 
 
 async def get_wrapped(call: Call) -> bytes:

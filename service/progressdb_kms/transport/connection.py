@@ -172,7 +172,6 @@ class Connection:
             self.abort(self.why)
         elif self.late is not None:
             self.late()
-            self.finish("body", answered=True)
         elif self.phase is Phase.HEADERS:
             # No answer is under way in this phase, so these bytes can't end up inside one.
             if self._transport is not None and not self._transport.is_closing():

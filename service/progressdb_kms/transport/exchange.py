@@ -133,12 +133,11 @@ class Exchange(TCPServer):
             self.connection.write_began()
             try:
                 # In pieces, as the loops' TLS layers take anything at once and only then ask to wait.
-                for start in range(0, len(data), PIECE):
+                # Without data there is the waiting only.
+                for start in range(0, len(data) or 1, PIECE):
                     if self.writer.is_closing():
                         break  # uvloop raises for it, asyncio warns; the app hears of it through its inbox
                     self.writer.write(data[start : start + PIECE])
-                    await self.writer.drain()
-                if not data:
                     await self.writer.drain()
             except (ConnectionError, ssl.SSLError):
                 await self.http.handle(Closed())

@@ -9,10 +9,12 @@ from typing import Any
 import msgspec
 import pytest
 
+from progressdb_kms.api.call import Call
+from progressdb_kms.api.handlers import decrypt_batch, encrypt_batch
+from progressdb_kms.api.longbatch import SLICE_ITEMS
 from progressdb_kms.domain.keys import StateChange
-from progressdb_kms.usecases.encryption import DECRYPT_BATCH, ENCRYPT_BATCH
-from progressdb_kms.usecases.longbatch import SLICE_ITEMS, answer_in_slices
 from progressdb_kms.usecases.messages import JSON, MSGPACK
+from progressdb_kms.usecases.session import Session
 from tests.unit.helpers import World, make_world
 
 ITEMS = 5 * SLICE_ITEMS
@@ -24,25 +26,31 @@ async def world(tmp_path: Path) -> World:
     return await make_world(tmp_path)
 
 
-async def encrypt(world: World, items: list[Any], content_type: str = JSON) -> list[dict[str, Any]]:
-    """Encrypt a batch in slices; the answer is read from JSON."""
-    body = (msgspec.json if content_type == JSON else msgspec.msgpack).encode({"items": items})
-    call = (content_type, JSON, body, 10_000)
-    work = world.hot.encrypt_items
-    answer = await answer_in_slices(
-        world.loader, world.session("server"), ENCRYPT_BATCH, work, lambda item: len(item.plaintext), call
+def call_of(world: World, items: list[Any], content_type: str = JSON, session: Session | None = None) -> Call:
+    """Return a batch's request, whose answer is to be JSON."""
+    return Call(
+        kms=world.kms,
+        hot=world.hot,
+        loader=world.loader,
+        rotations=world.store.rotation_ledger,
+        audit=world.store.audit,
+        session=session or world.session("server"),
+        request_id="r",
+        content_type=content_type,
+        accept=JSON,
+        body=(msgspec.json if content_type == JSON else msgspec.msgpack).encode({"items": items}),
     )
+
+
+async def encrypt(world: World, items: list[Any], content_type: str = JSON) -> list[dict[str, Any]]:
+    """Encrypt a long batch."""
+    answer = await encrypt_batch(call_of(world, items, content_type))
     return list(msgspec.json.decode(answer)["results"])
 
 
 async def decrypt(world: World, items: list[Any]) -> list[dict[str, Any]]:
-    """Decrypt a batch in slices."""
-    call = (JSON, JSON, msgspec.json.encode({"items": items}), 10_000)
-    work = world.hot.decrypt_items
-    answer = await answer_in_slices(
-        world.loader, world.session("server"), DECRYPT_BATCH, work, lambda item: len(item.ciphertext), call
-    )
-    return list(msgspec.json.decode(answer)["results"])
+    """Decrypt a long batch."""
+    return list(msgspec.json.decode(await decrypt_batch(call_of(world, items)))["results"])
 
 
 @pytest.mark.parametrize("content_type", [JSON, MSGPACK])
@@ -110,13 +118,5 @@ async def test_it_is_charged_as_a_whole(world: World) -> None:
     session = world.session("server")
     session_class = type("Session", (type(session),), {"charge": lambda _, count: charged.append(count)})
     counted = session_class(session.identity, world.book, world.now)
-    body = msgspec.json.encode({"items": [{"key_id": key_id, "plaintext": b""}] * ITEMS})
-    await answer_in_slices(
-        world.loader,
-        counted,
-        ENCRYPT_BATCH,
-        world.hot.encrypt_items,
-        lambda item: len(item.plaintext),
-        (JSON, JSON, body, 10_000),
-    )
+    await encrypt_batch(call_of(world, [{"key_id": key_id, "plaintext": b""}] * ITEMS, session=counted))
     assert charged == [ITEMS - 1]
