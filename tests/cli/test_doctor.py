@@ -327,7 +327,7 @@ def used_store(site: Site, tmp_path: Path) -> Iterator[Path]:
         value = await source.check_value(1)
         await store.health.check()
         await store.registry.initialise(
-            KekInfo(1, kek_id_of(value), source.name, source.source_key(1), value, KekState.ACTIVE, 1, 1)
+            KekInfo(1, kek_id_of(value), source.kind(1), source.source_key(1), value, KekState.ACTIVE, 1, 1)
         )
         await store.close()
 

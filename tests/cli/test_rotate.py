@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from progressdb_kms.kek.file import read_keys
+from progressdb_kms.kek.keyfile import raw_keys, read_entries
 from tests.cli.conftest import Command
 from tests.cli.helpers import Dev, start_dev
 
@@ -103,16 +103,16 @@ def test_escrow_gives_the_kek_file_back(kms: Command, rotated: Dev, tmp_path: Pa
         shutil.move(kept, kek_file)
     assert done.code == 0, done.err
     assert out.stat().st_mode & 0o777 == 0o600
-    assert read_keys(out) == read_keys(kek_file)
+    assert read_entries(out) == read_entries(kek_file)
     assert again.code == 1
     assert "never overwritten" in again.err
-    assert not [key.hex() for key in read_keys(out).values() if key.hex() in done.out + done.err]
+    assert not [key.hex() for key in raw_keys(read_entries(out)).values() if key.hex() in done.out + done.err]
     export = tmp_path / "export"
     assert kms("backup", "create", "--config", config, "--out", export).code == 0
     from_export = tmp_path / "third.yaml"
     words_of_export = ("--export", export, "--recovery-key", recovery, "--out", from_export)
     assert kms("kek", "escrow", "recover", *words_of_export).code == 0
-    assert read_keys(from_export) == read_keys(kek_file)
+    assert read_entries(from_export) == read_entries(kek_file)
     assert kms("kek", "escrow", "recover", "--config", config, *words_of_export).code == 2
     as_json = kms(*words[:-1], tmp_path / "second.yaml", "--json").json
     assert as_json == {"file": str(tmp_path / "second.yaml"), "versions": [1, 2], "missing": []}

@@ -38,7 +38,8 @@ TABLE = {
     429: "too_many_requests",
     431: "headers_too_large",
     500: "internal_error",
-    503: "store_unavailable store_not_durable kek_unavailable overloaded deadline_exceeded not_ready",
+    503: "store_unavailable store_not_durable kek_unavailable kek_unreachable overloaded deadline_exceeded"
+    " not_ready",
 }
 CODES = [(status, code) for status, codes in TABLE.items() for code in codes.split()]
 

@@ -24,7 +24,7 @@ from progressdb_kms.domain.errors import (
     WrappedKeyInvalid,
 )
 from progressdb_kms.domain.export import ExportReader, Frame
-from progressdb_kms.kek.file import parse_keys, render_keys
+from progressdb_kms.kek.keyfile import parse_entries, render_entries
 from progressdb_kms.settings import Limits, load_settings
 from progressdb_kms.transport.connection import Connection
 from progressdb_kms.transport.http1 import Http1, http_config
@@ -72,10 +72,10 @@ def config(data: bytes) -> None:
 def kek(data: bytes) -> None:
     """A KEK file is refused, or its keys survive being written and read."""
     try:
-        keys = parse_keys(data, "the file")
+        keys = parse_entries(data, "the file")
     except KekFileInvalid:
         return
-    assert parse_keys(render_keys(keys), "the file") == keys
+    assert parse_entries(render_entries(keys), "the file") == keys
 
 
 def export(data: bytes) -> None:

@@ -11,7 +11,7 @@ import pytest
 from progressdb_kms.domain.errors import KekFileInvalid, ProvisionRefused, StoreUnavailable
 from progressdb_kms.domain.keyring import check_value
 from progressdb_kms.kek.escrow import recover
-from progressdb_kms.kek.file import parse_keys, render_keys
+from progressdb_kms.kek.keyfile import parse_entries, raw_keys, render_entries
 from progressdb_kms.kek.kubernetes import MADE_BY
 from progressdb_kms.provision.kek import FOUNDED
 from progressdb_kms.store.redis import open_store
@@ -41,7 +41,7 @@ async def assert_pair(site: Site) -> None:
     data = site.cluster.data("r-kek")
     assert data["store-id"].decode() == site.store_id()
     assert site.cluster.metadata("r-kek")["annotations"][FOUNDED] == site.store_id()
-    keys = parse_keys(data["kek.yaml"], "x")
+    keys = raw_keys(parse_entries(data["kek.yaml"], "x"))
     assert await registered(site) == {version: check_value(key) for version, key in keys.items()}
 
 
@@ -60,7 +60,7 @@ async def test_first_start(site: Site) -> None:
         f"made the registry of store {site.store_id()} under the KEK in Secret kms/r-kek",
         "changed Secret kms/r-kek",
     ]
-    key = parse_keys(site.cluster.data("r-kek")["kek.yaml"], "x")[1]
+    key = raw_keys(parse_entries(site.cluster.data("r-kek")["kek.yaml"], "x"))[1]
     assert key.hex() not in " ".join(said)
     before, keys = site.cluster.revisions(), site.server.ask("HGETALL", KEKS_KEY)
     assert await site.run(**site.kek()) == []
@@ -175,7 +175,7 @@ async def test_a_secret_of_another_store_is_refused(site: Site) -> None:
 
 async def test_a_kek_of_an_operators_own_is_named_and_founded(site: Site) -> None:
     """A Secret with a KEK and no id gets an id before the store is founded with it; its KEK stays."""
-    content = render_keys({1: KEK, 2: OTHER})
+    content = render_entries({1: KEK, 2: OTHER})
     site.cluster.put("r-kek", {"kek.yaml": content, "note": b"x"})
     await site.run(**site.kek())
     data = site.cluster.data("r-kek")
@@ -191,7 +191,7 @@ async def test_a_store_that_was_in_use_is_pinned(site: Site) -> None:
     site.cluster.put("r-kek", {"kek.yaml": content})
     await site.run(**site.kek())
     await assert_pair(site)
-    site.cluster.put("r-kek", {"kek.yaml": render_keys({1: OTHER})})
+    site.cluster.put("r-kek", {"kek.yaml": render_entries({1: OTHER})})
     with pytest.raises(ProvisionRefused, match="KEK version 1, which the store's keys need, is another key"):
         await site.run(**site.kek())
     assert "store-id" not in site.cluster.data("r-kek")
@@ -220,7 +220,7 @@ async def test_required_and_never_written(site: Site) -> None:
     """With `require` the Secret has to be there and to fit, and nothing is written anywhere."""
     with pytest.raises(ProvisionRefused, match="there is no Secret kms/r-kek: make it"):
         await site.run(**site.kek("require"))
-    site.cluster.put("r-kek", {"kek.yaml": render_keys({1: KEK})})
+    site.cluster.put("r-kek", {"kek.yaml": render_entries({1: KEK})})
     assert await site.run(**site.kek("require")) == []
     assert await site.run(kek=site.kek("require")["kek"]) == []
     assert (site.cluster.writes, site.server.ask("KEYS", "*")) == (0, [])
@@ -233,7 +233,7 @@ async def test_sealed_to_recovery_keys_from_the_start(site: Site, management: st
     private = site.recovery_key()
     wanted["kek"]["escrow"] = True
     if management == "require":
-        site.cluster.put("r-kek", {"kek.yaml": render_keys({1: KEK, 2: OTHER})})
+        site.cluster.put("r-kek", {"kek.yaml": render_entries({1: KEK, 2: OTHER})})
         assert await site.run(**wanted) == []  # an empty store is the service's to found
         store = await open_store(StoreSettings(site.server.url))
         await store.registry.initialise(first_kek(1, check_value(KEK), "file", "1", 0))
@@ -245,14 +245,14 @@ async def test_sealed_to_recovery_keys_from_the_start(site: Site, management: st
     kept, view = await store.escrow.load(), await store.registry.load()
     await store.close()
     assert view is not None
-    keys = parse_keys(site.cluster.data("r-kek")["kek.yaml"], "x")
+    keys = parse_entries(site.cluster.data("r-kek")["kek.yaml"], "x")
     assert recover(kept, view, private) == {1: keys[1]}
 
 
 async def test_what_something_else_keeps_is_not_written(site: Site) -> None:
     """A Secret of GitOps in the mode that writes is refused, saying who keeps it."""
     labels = {"kustomize.toolkit.fluxcd.io/name": "x"}
-    site.cluster.put("r-kek", {"kek.yaml": render_keys({1: KEK})}, labels=labels)
+    site.cluster.put("r-kek", {"kek.yaml": render_entries({1: KEK})}, labels=labels)
     with pytest.raises(ProvisionRefused, match="kept by Flux"):
         await site.run(**site.kek())
 

@@ -49,6 +49,7 @@ STATUS: Final[dict[str, int]] = {
     "audit_unavailable": 503,
     "stale_kek": 503,
     "kek_unavailable": 503,
+    "kek_unreachable": 503,
     "overloaded": 503,
     "deadline_exceeded": 503,
     "not_ready": 503,

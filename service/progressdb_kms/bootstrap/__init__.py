@@ -5,11 +5,11 @@ instance.
 """
 
 from progressdb_kms.bootstrap.audit import export_audit, read_anchor, verify_audit, verify_keys
+from progressdb_kms.bootstrap.kek import add_kek, kek_source
 from progressdb_kms.bootstrap.parts import (
     STORE_ID,
     expected_store,
     exported_escrow,
-    kek_source,
     load_policy,
     make_vault,
     open_vault,
@@ -23,6 +23,7 @@ __all__ = [
     "STORE_ID",
     "Addresses",
     "Service",
+    "add_kek",
     "expected_store",
     "export_audit",
     "exported_escrow",

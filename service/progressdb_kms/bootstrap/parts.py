@@ -17,6 +17,7 @@ import structlog
 from progressdb_kms import __version__
 from progressdb_kms.audit.escrow import AuditedEscrowBox
 from progressdb_kms.bootstrap.audit import command_audit, operator
+from progressdb_kms.bootstrap.kek import kek_source, kek_stager
 from progressdb_kms.bootstrap.storing import store_settings
 from progressdb_kms.domain.errors import (
     KmsError,
@@ -31,7 +32,6 @@ from progressdb_kms.domain.policy import Policy, parse_policy
 from progressdb_kms.files import Watch
 from progressdb_kms.kek.escrow import Escrow, load_recipients
 from progressdb_kms.kek.file import FileKekSource
-from progressdb_kms.kek.staging import ExternalKekStager, FileKekStager
 from progressdb_kms.observability.logs import configure_logs
 from progressdb_kms.observability.metrics import Metrics
 from progressdb_kms.ports import RegistryView
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
-    from progressdb_kms.ports import AuditLog, KekSource, KekStager
+    from progressdb_kms.ports import AuditLog, KekSource
     from progressdb_kms.ports.escrow import SealedKek
 
 log = structlog.get_logger(__name__)
@@ -76,15 +76,6 @@ def expected_store(settings: Settings) -> str:
     if not STORE_ID.fullmatch(text):
         raise SettingsInvalid(f"store.id_file {path} does not hold a store's id, which is 32 hex digits")
     return text
-
-
-def kek_source(settings: Settings) -> FileKekSource:
-    """Return the configured KEK source.
-
-    Raises:
-        KekFileInvalid: It can't be used.
-    """
-    return FileKekSource(settings.kek.path)
 
 
 def make_vault(
@@ -204,7 +195,7 @@ async def rotation_parts(settings: Settings, progress: Progress) -> AsyncIterato
                     slots=store.rotation_slots,
                     registry=store.registry,
                     heartbeats=store.heartbeats,
-                    stager=_kek_stager(settings, source, keks, escrow),
+                    stager=kek_stager(settings, source, keks, escrow),
                     keks=keks,
                     progress=progress,
                     now=time.time,
@@ -266,21 +257,3 @@ async def _reload(source: FileKekSource, keks: KekBook) -> None:
         await keks.refresh()
     except KmsError as error:
         log.warning("reload_failed", what="kek", detail=error.detail)
-
-
-def _kek_stager(settings: Settings, source: FileKekSource, keks: KekBook, escrow: Escrow) -> KekStager:
-    rotation = settings.rotation
-    if rotation.distribute == "external":
-        return ExternalKekStager(source, keks.required, escrow, rotation.wait)
-    if settings.kek.management == "file" or rotation.kubernetes is None:
-        return FileKekStager(source, keks.required, escrow)
-    # Needs the extra `kubernetes`, which nothing else does.
-    try:
-        from progressdb_kms.kek.kubernetes import KubernetesKekStager, SecretRef  # noqa: PLC0415 - see above
-    except ModuleNotFoundError:
-        raise RotationRefused(
-            "kek.management kubernetes needs another package: pip install 'progressdb-kms[kubernetes]'"
-        ) from None
-
-    ref = SecretRef(rotation.kubernetes.namespace, rotation.kubernetes.secret, rotation.kubernetes.key)
-    return KubernetesKekStager(ref, source, keks.required, escrow, rotation.wait)

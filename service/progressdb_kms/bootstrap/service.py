@@ -23,7 +23,8 @@ from progressdb_kms.audit.chained import ChainedAuditLog
 from progressdb_kms.audit.pipes import PatientStream
 from progressdb_kms.bootstrap import audit as auditing
 from progressdb_kms.bootstrap.events import Events
-from progressdb_kms.bootstrap.parts import expected_store, kek_source, load_policy, make_vault
+from progressdb_kms.bootstrap.kek import kek_source
+from progressdb_kms.bootstrap.parts import expected_store, load_policy, make_vault
 from progressdb_kms.bootstrap.storing import store_settings
 from progressdb_kms.domain.errors import (
     KekFileInvalid,

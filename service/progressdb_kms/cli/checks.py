@@ -15,6 +15,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from progressdb_kms.bootstrap import expected_store, kek_source, load_policy, store_settings
 from progressdb_kms.cli.auditchecks import check_anchor, check_audit
 from progressdb_kms.cli.check import Check, Result
+from progressdb_kms.cli.kekchecks import check_kept_keys
 from progressdb_kms.domain.errors import (
     KekFileInvalid,
     KmsError,
@@ -56,13 +57,15 @@ async def run_checks(config: Path) -> AsyncIterator[Check]:
     source: KekSource | None = None
     try:
         source = kek_source(settings)
-    except KekFileInvalid as error:
+    except (KekFileInvalid, SettingsInvalid) as error:
         yield Check("kek file", Result.FAIL, error.detail, "mend the file, or restore it from its copy")
     else:
         numbers = ", ".join(map(str, sorted(source.versions())))
         yield Check(
             "kek file", Result.OK, f"{settings.kek.path}: versions {numbers}, readable by its owner only"
         )
+        async for check in check_kept_keys(source):
+            yield check
     for check in (*_tls(settings), *_policy(settings), *_addresses(settings), *check_audit(settings)):
         yield check
     async for check in _store(settings, source):

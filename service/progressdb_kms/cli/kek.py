@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import asdict
 from pathlib import Path
 
@@ -9,10 +10,12 @@ import click
 
 from progressdb_kms.cli.connection import Connection, connection_options
 from progressdb_kms.cli.kek_escrow import escrow
+from progressdb_kms.cli.operator import config_option
 from progressdb_kms.cli.output import json_option, print_json, print_table
 from progressdb_kms.cli.retire import retire
 from progressdb_kms.domain.keyring import kek_id_of
 from progressdb_kms.kek.init import init_kek_file
+from progressdb_kms.kek.keyfile import parse_key_name
 
 
 @click.group()
@@ -36,6 +39,29 @@ def init(path: Path, *, as_json: bool) -> None:
         click.echo(
             f"{path}: KEK version 1, {kek_id}. Keep a copy in a safe place: no key can be read without it."
         )
+
+
+@kek.command()
+@config_option
+@click.option("--generate", is_flag=True, help="Make the key first; for pkcs11:LABEL only.")
+@json_option
+@click.argument("key")
+def add(config: Path, key: str, *, generate: bool, as_json: bool) -> None:
+    """Add KEY as the next version: pkcs11:LABEL, vault:KEY@VERSION or aws:ARN.
+
+    It is tried first. Keys are wrapped under it once `rotate` has run.
+    """
+    # Only here: commands that call the service need neither Quart nor Redis.
+    from progressdb_kms.bootstrap import add_kek  # noqa: PLC0415 - see above
+    from progressdb_kms.settings import load_settings  # noqa: PLC0415 - see above
+
+    name = parse_key_name(key)
+    settings = load_settings(config)
+    version = asyncio.run(add_kek(settings, name, generate=generate))
+    if as_json:
+        print_json({"version": version, "source": name.kind, "source_key": name.name})
+    else:
+        click.echo(f"KEK version {version} is {name}. It is used once `rotate` has run.")
 
 
 @kek.command()

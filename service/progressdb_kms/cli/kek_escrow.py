@@ -22,7 +22,7 @@ from progressdb_kms.kek.escrow import (
 from progressdb_kms.kek.escrow import (
     recover as open_escrow,
 )
-from progressdb_kms.kek.file import render_keys
+from progressdb_kms.kek.keyfile import render_entries
 from progressdb_kms.settings import load_settings
 
 _config = click.option(
@@ -111,7 +111,7 @@ def recover(
         kept, view = bootstrap.exported_escrow(lambda: chunks_of(cast("Path", export)))
     keys = open_escrow(kept, view, private)
     try:
-        write_once(out, render_keys(keys), 0o600)
+        write_once(out, render_entries(keys), 0o600)
     except FileExistsError:
         raise KekFileInvalid(f"{out} exists already and is never overwritten; choose another --out") from None
     except OSError as error:

@@ -17,8 +17,8 @@ The tree, by whose fault it is::
     |   `-- AuthenticationFailed
     |-- WrappedKeyInvalid       a stored blob is forged, damaged or under another KEK
     |-- ServiceError            the service can't answer now; most of these are worth a retry
-    |   |-- StoreUnavailable, StoreNotDurable, AuditUnavailable, StaleKek, KekUnavailable, Overloaded,
-    |   |   DeadlineExceeded, NotReady
+    |   |-- StoreUnavailable, StoreNotDurable, AuditUnavailable, StaleKek, KekUnavailable, KekUnreachable,
+    |   |   Overloaded, DeadlineExceeded, NotReady
     |   `-- InternalError
     `-- OperatorError           refused at start or in a command: never sent over HTTP
         `-- KekMismatch, KekFileInvalid, RegistryLost, SettingsInvalid, PolicyInvalid, TlsInvalid,
@@ -286,6 +286,13 @@ class StaleKek(ServiceError):
 class KekUnavailable(ServiceError):
     code = "kek_unavailable"
     title = "The key-encryption key of this version is not loaded"
+
+
+class KekUnreachable(ServiceError):
+    """Where the key is kept can't be asked now; nothing is known of the key."""
+
+    code = "kek_unreachable"
+    title = "What keeps the key-encryption key does not answer"
 
 
 class Overloaded(ServiceError):

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 KEK_BYTES: Final = 32
+KEPT_ELSEWHERE: Final = frozenset({"pkcs11", "vault", "aws"})
+"""Kinds of sources that never show a key: their check values tell nothing of one that is not the right one."""
 _CHECK_LABEL: Final = b"progressdb-kms/kek-check/v1"
 _SEAL_LABEL: Final = b"progressdb-kms/kek-seal/v1"
 
@@ -39,7 +41,7 @@ class KekInfo:
     Attributes:
         version: Registry-wide number, from 1.
         kek_id: Name that answers carry, at most 64 bytes.
-        source: Kind of source that holds it: ``file``.
+        source: Kind of source that holds it: ``file``, ``pkcs11``, ``vault`` or ``aws``.
         source_key: The source's own name for it.
         check_value: What ``KekSource.check_value`` gave when it was registered.
         state: Present state.
@@ -71,6 +73,20 @@ def kek_id_of(value: str) -> str:
     return f"kek_{value[:16]}"
 
 
+def sealing_key(secret: bytes) -> bytes:
+    """Return the key for seals that belongs to a uniform secret of 32 bytes, and says nothing about it.
+
+    A key of its own, so that no seal can ever be an input or output of a wrap. The secret is uniform
+    already, so only the second half of HKDF (RFC 5869, 3.3) is needed.
+    """
+    return HKDFExpand(hashes.SHA256(), KEK_BYTES, _SEAL_LABEL).derive(secret)
+
+
+def seal_under(key: bytes, label: bytes, digest: bytes) -> bytes:
+    """Return HMAC-SHA256 (RFC 2104) over label and digest under a key from ``sealing_key``."""
+    return hmac.new(key, len(label).to_bytes(4, "big") + label + digest, hashlib.sha256).digest()
+
+
 class Keyring:
     """KEK versions with their ciphers. Immutable: a reload makes a new one.
 
@@ -78,14 +94,12 @@ class Keyring:
         keys: Version to 32-byte key.
 
     Raises:
-        KekFileInvalid: No key, a bad length or version, or one key under two versions.
+        KekFileInvalid: A bad length or version, or one key under two versions.
     """
 
     __slots__ = ("_checks", "_ciphers", "_sealing")
 
     def __init__(self, keys: Mapping[int, bytes]) -> None:
-        if not keys:
-            raise KekFileInvalid("there is no KEK in it")
         self._ciphers: dict[int, AESGCM] = {}
         self._checks: dict[int, str] = {}
         self._sealing: dict[int, bytes] = {}
@@ -100,9 +114,7 @@ class Keyring:
                     raise KekFileInvalid(f"KEK versions {other} and {version} are the same key")
             self._ciphers[version] = AESGCM(key)
             self._checks[version] = value
-            # A key of its own, so that no seal can ever be an input or output of a wrap. The KEK is uniform
-            # already, so only the second half of HKDF (RFC 5869, 3.3) is needed.
-            self._sealing[version] = HKDFExpand(hashes.SHA256(), KEK_BYTES, _SEAL_LABEL).derive(key)
+            self._sealing[version] = sealing_key(key)
 
     def __repr__(self) -> str:
         return f"Keyring(versions={list(self._ciphers)})"
@@ -177,5 +189,4 @@ class Keyring:
             KekUnavailable: Not loaded.
         """
         self.cipher(version)
-        message = len(label).to_bytes(4, "big") + label + digest
-        return hmac.new(self._sealing[version], message, hashlib.sha256).digest()
+        return seal_under(self._sealing[version], label, digest)

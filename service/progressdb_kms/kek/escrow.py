@@ -45,8 +45,8 @@ class Recipient:
 class Exporter(Protocol):
     """A KEK source that can show raw keys for their escrow."""
 
-    def versions(self) -> frozenset[int]:
-        """Return the versions that are loaded."""
+    def exportable(self) -> frozenset[int]:
+        """Return the loaded versions whose raw keys it can show."""
 
     def export(self, version: int) -> bytes:
         """Return a loaded version's raw key."""
@@ -153,8 +153,11 @@ class Escrow:
     async def complete(self, version: int = 0) -> int:
         """Seal what is not sealed yet: ``version``, and every registered version that is loaded.
 
+        A key that never leaves where it is kept can't be sealed: its copy is that place's own matter.
+
         Returns:
-            The number of recovery keys.
+            The number of recovery keys that ``version`` is sealed to; where none is given, of those that
+            every version that can be sealed is sealed to.
 
         Raises:
             RegistryLost: The store has no registry.
@@ -168,10 +171,9 @@ class Escrow:
         if view is None:
             raise RegistryLost("the store has no registry of KEKs")
         kept = await self._box.load()
-        wanted = {
-            kek.version for kek in view.keks.values() if kek.state is not KekState.RETIRED
-        } & self._source.versions()
-        for number in sorted(wanted | ({version} - {0})):
+        registered = {kek.version for kek in view.keks.values() if kek.state is not KekState.RETIRED}
+        exportable = self._source.exportable()
+        for number in sorted((registered | {version}) & exportable):
             have = list(kept.get(number, ()))
             known = {item.recipient for item in have}
             missing = [item for item in self._recipients if item.fingerprint not in known]
@@ -179,7 +181,7 @@ class Escrow:
                 key = self._source.export(number)
                 have += [seal(key, item, view.store_id, number) for item in missing]
                 await self._box.save(number, have)
-        return len(self._recipients)
+        return len(self._recipients) if version in exportable or not version else 0
 
 
 def recover(

@@ -1,55 +1,43 @@
-"""The KEK file: YAML that holds the keys themselves.
-
-Either ``master_key_hex: <64 hex digits>``, which is version 1, or ``versions: {1: <hex>, 2: <hex>}``.
-
-No message of this module repeats anything that stands in the file but line and version numbers: a key put
-in the wrong place (as a field's name, say) must not end up in a log. For the same reason the parser's own
-errors, which quote the file, are never shown nor chained.
-"""
+"""The KEK source: what the KEK file holds or names."""
 
 from __future__ import annotations
 
 import hmac
 import os
-import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-import yaml
-
-from progressdb_kms.domain.envelope import MAX_KEK_VERSION, NONCE_BYTES
+from progressdb_kms.domain.envelope import NONCE_BYTES
 from progressdb_kms.domain.errors import KekFileInvalid, KmsError
-from progressdb_kms.domain.keyring import KEK_BYTES, Keyring, check_value
-from progressdb_kms.files import read_private
+from progressdb_kms.domain.keyring import KekInfo, Keyring, check_value
+from progressdb_kms.kek.keyfile import key_names, raw_keys, read_entries
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-_HEX_KEY: Final = re.compile(rf"[0-9a-fA-F]{{{2 * KEK_BYTES}}}")
-_VERSION: Final = re.compile(r"[1-9][0-9]{0,7}")
-_HEAD: Final = """\
-# Key-encryption keys by version. Whoever has this file and the store's data can read every message;
-# whoever loses it can read none. Keep a copy in a safe place, and never change a version that is in use.
-versions:
-"""
-_SHAPE: Final = "write either master_key_hex: <64 hex digits>, or versions: {1: <64 hex digits>, ...}"
+    from progressdb_kms.kek.hidden import HiddenKeks
+    from progressdb_kms.kek.keyfile import KeyName
 
 
 class FileKekSource:
     """A ``ports.KekSource`` over a file that only the service may read.
 
+    Keys that the file holds are used here; those that it names are used where they are kept.
+
     Args:
         path: The KEK file.
+        keepers: Where keys are that the file names, by kind.
 
     Raises:
-        KekFileInvalid: It can't be read, others can read it, or it is not of the form above.
+        KekFileInvalid: It can't be read, others can read it, it is not of the form of ``kek.keyfile``, or
+        names a
+            key of a kind that there is no keeper for.
     """
 
-    name = "file"
-
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, keepers: Mapping[str, HiddenKeks] | None = None) -> None:
         self._path = path
-        self._keyring = load_keyring(path)
+        self._keepers = keepers or {}
+        self._loaded = self._load()
 
     def __repr__(self) -> str:
         return f"FileKekSource({str(self._path)!r}, versions={sorted(self.versions())})"
@@ -61,7 +49,12 @@ class FileKekSource:
 
     def versions(self) -> frozenset[int]:
         """Return the versions that are loaded now."""
-        return self._keyring.versions
+        keyring, names = self._loaded
+        return keyring.versions | names.keys()
+
+    def exportable(self) -> frozenset[int]:
+        """Return the loaded versions whose keys the file holds."""
+        return self._loaded[0].versions
 
     def export(self, version: int) -> bytes:
         """Return a loaded version's raw key, for its escrow alone.
@@ -69,42 +62,60 @@ class FileKekSource:
         The key comes from the file, since nothing in memory gives it back, and only if it is the loaded one.
 
         Raises:
-            KekUnavailable: Not loaded.
+            KekUnavailable: Not loaded, or not one that the file holds.
             KekFileInvalid: The file can't be read, or holds another key under this version by now.
         """
-        value = self._keyring.check_value(version)
-        key = read_keys(self._path).get(version)
+        value = self._loaded[0].check_value(version)
+        key = raw_keys(read_entries(self._path)).get(version)
         if key is None or not _same(check_value(key), value):
             raise KekFileInvalid(f"{self._path}: KEK version {version} is not the key that is loaded")
         return key
 
+    def kind(self, version: int) -> str:
+        """Return ``file`` for a key that the file holds, else the kind of its keeper."""
+        name = self._loaded[1].get(version)
+        return "file" if name is None else name.kind
+
     def source_key(self, version: int) -> str:
-        """Return the file's own name for a version: its number."""
-        return str(version)
+        """Return the name of a version's key where it is kept; in the file that is its number."""
+        name = self._loaded[1].get(version)
+        return str(version) if name is None else name.name
 
     async def check_value(self, version: int) -> str:
-        """Return ``domain.keyring.check_value`` of a version.
+        """Return ``domain.keyring.check_value`` of a version, or a canary (``kek.hidden``).
 
         Raises:
-            KekUnavailable: Not loaded.
+            KekUnavailable: Not loaded, or not to be had where it is kept.
         """
-        return self._keyring.check_value(version)
+        keyring, names = self._loaded
+        if version in names:
+            keeper, name = self._kept(names[version])
+            return await keeper.check_value(name)
+        return keyring.check_value(version)
 
     async def matches(self, version: int, check_value: str) -> bool:
         """Say whether the loaded key of ``version`` has this check value.
 
         Raises:
-            KekUnavailable: Not loaded.
+            KekUnavailable: Not loaded, or not to be had where it is kept.
         """
-        return _same(self._keyring.check_value(version), check_value)
+        keyring, names = self._loaded
+        if version in names:
+            keeper, name = self._kept(names[version])
+            return await keeper.matches(name, check_value)
+        return _same(keyring.check_value(version), check_value)
 
     async def wrap(self, version: int, deks: Sequence[bytes], aads: Sequence[bytes]) -> list[bytes]:
-        """Wrap raw DEKs, each under a fresh random nonce, and return the bodies (60 bytes each).
+        """Wrap raw DEKs, each under a fresh random nonce, and return the bodies: here of 60 bytes each.
 
         Raises:
-            KekUnavailable: Not loaded.
+            KekUnavailable: Not loaded, or not to be had where it is kept.
         """
-        return self._keyring.wrap_all(version, deks, aads, os.urandom(NONCE_BYTES * len(deks)))
+        keyring, names = self._loaded
+        if version in names:
+            keeper, name = self._kept(names[version])
+            return await keeper.wrap(name, deks, aads)
+        return keyring.wrap_all(version, deks, aads, os.urandom(NONCE_BYTES * len(deks)))
 
     async def unwrap(
         self, version: int, bodies: Sequence[bytes], aads: Sequence[bytes]
@@ -112,17 +123,25 @@ class FileKekSource:
         """Return the raw DEKs, with WrappedKeyInvalid in the place of one that does not unwrap.
 
         Raises:
-            KekUnavailable: Not loaded.
+            KekUnavailable: Not loaded, or not to be had where it is kept.
         """
-        return self._keyring.unwrap_all(version, bodies, aads)
+        keyring, names = self._loaded
+        if version in names:
+            keeper, name = self._kept(names[version])
+            return await keeper.unwrap(name, bodies, aads)
+        return keyring.unwrap_all(version, bodies, aads)
 
-    async def seal(self, version: int, label: bytes, digest: bytes) -> bytes:
-        """Return ``Keyring.seal`` of a version.
+    async def seal(self, kek: KekInfo, label: bytes, digest: bytes) -> bytes:
+        """Return ``domain.keyring.seal_under`` a key that only whoever has this KEK can derive.
 
         Raises:
-            KekUnavailable: Not loaded.
+            KekUnavailable: Not loaded, or not to be had where it is kept.
         """
-        return self._keyring.seal(version, label, digest)
+        keyring, names = self._loaded
+        if kek.version in names:
+            keeper, name = self._kept(names[kek.version])
+            return await keeper.seal(name, kek.check_value, label, digest)
+        return keyring.seal(kek.version, label, digest)
 
     def reload(self, required: Mapping[int, str]) -> bool:
         """Read the file again and take it whole, or keep what is loaded.
@@ -137,66 +156,41 @@ class FileKekSource:
         Raises:
             KekFileInvalid: It is broken, or lacks or changes a required version. What was loaded stays.
         """
-        fresh = load_keyring(self._path)
+        fresh, names = self._load()
+        before, names_before = self._loaded
         for version, value in sorted(required.items()):
-            if version not in fresh.versions:
+            if version not in fresh.versions | names.keys():
                 raise KekFileInvalid(
                     f"{self._path}: KEK version {version}, which stored keys need, is missing; put it back"
                 )
-            if not _same(fresh.check_value(version), value):
+            # Whether the key of a name is the right one, only its keeper can say: ``matches`` asks.
+            if version in names:
+                same = version not in before.versions and names_before.get(version) in {None, names[version]}
+            else:
+                same = _same(fresh.check_value(version), value)
+            if not same:
                 raise KekFileInvalid(
                     f"{self._path}: KEK version {version} is another key than the one that stored keys need; "
                     "put the old one back, and give a new key a new number"
                 )
-        changed = _checks(fresh) != _checks(self._keyring)
+        changed = _checks(fresh) != _checks(before) or names != names_before
         # A single assignment: calls under way keep the cipher that they have taken from the old keyring.
-        self._keyring = fresh
+        self._loaded = fresh, names
         return changed
 
+    def _load(self) -> tuple[Keyring, dict[int, KeyName]]:
+        entries = read_entries(self._path)
+        names = key_names(entries)
+        for version, name in sorted(names.items()):
+            if name.kind not in self._keepers:
+                raise KekFileInvalid(
+                    f"{self._path}: KEK version {version} is kept by {name.kind}, and the configuration does"
+                    f" not say where that is: add kek.{name.kind}"
+                )
+        return Keyring(raw_keys(entries)), names
 
-def load_keyring(path: Path) -> Keyring:
-    """Read a KEK file.
-
-    Raises:
-        KekFileInvalid: It can't be read, others can read it, or it is not of the form above; one line that
-            names the file and what to change, and never shows its text.
-    """
-    return Keyring(read_keys(path))
-
-
-def read_keys(path: Path) -> dict[int, bytes]:
-    """Read a KEK file and return the raw keys by version: for what stages, escrows and recovers them.
-
-    Raises:
-        KekFileInvalid: As ``load_keyring``.
-    """
-    return parse_keys(read_private(path, error=KekFileInvalid), str(path))
-
-
-def parse_keys(data: bytes, name: str) -> dict[int, bytes]:
-    """Return the raw keys by version of a KEK file's content.
-
-    Args:
-        data: The content.
-        name: What to call it in a message.
-
-    Raises:
-        KekFileInvalid: It is not of the form above.
-    """
-    try:
-        keys = _parse(data)
-        Keyring(keys)
-    except KekFileInvalid as error:
-        raise KekFileInvalid(f"{name}: {error.detail}") from None
-    return keys
-
-
-def render_keys(keys: Mapping[int, bytes]) -> bytes:
-    """Return the content of a KEK file with these versions."""
-    # Quoted: a key of decimal digits only would be read as a number by other YAML tools.
-    return (
-        _HEAD + "".join(f'  {version}: "{key.hex()}"\n' for version, key in sorted(keys.items()))
-    ).encode()
+    def _kept(self, name: KeyName) -> tuple[HiddenKeks, KeyName]:
+        return self._keepers[name.kind], name
 
 
 def _same(one: str, other: str) -> bool:
@@ -206,69 +200,3 @@ def _same(one: str, other: str) -> bool:
 
 def _checks(keyring: Keyring) -> dict[int, str]:
     return {version: keyring.check_value(version) for version in keyring.versions}
-
-
-def _parse(data: bytes) -> dict[int, bytes]:
-    """Return version to key, from the node graph.
-
-    Not from constructed objects: YAML would make an integer of a key that happens to have decimal digits
-    only, and would silently drop the first of two equal version numbers.
-    """
-    root = _compose(data)
-    if not isinstance(root, yaml.MappingNode):
-        raise KekFileInvalid(f"it is not a YAML mapping; {_SHAPE}")
-    fields: dict[str, yaml.Node] = {}
-    for name, value in root.value:
-        if not isinstance(name, yaml.ScalarNode) or name.value not in {"master_key_hex", "versions"}:
-            raise KekFileInvalid(f"line {_line(name)}: unknown field; {_SHAPE}")
-        if name.value in fields:
-            raise KekFileInvalid(f"line {_line(name)}: {name.value} is given twice")
-        fields[name.value] = value
-    if len(fields) != 1:
-        problem = "it holds both master_key_hex and versions" if fields else "there is no KEK in it"
-        raise KekFileInvalid(f"{problem}; {_SHAPE}")
-    if "master_key_hex" in fields:
-        return {1: _key(fields["master_key_hex"])}
-    return _versions(fields["versions"])
-
-
-def _versions(node: yaml.Node) -> dict[int, bytes]:
-    if not isinstance(node, yaml.MappingNode):
-        raise KekFileInvalid(f"line {_line(node)}: versions is not a mapping; {_SHAPE}")
-    keys: dict[int, bytes] = {}
-    for number, value in node.value:
-        if not isinstance(number, yaml.ScalarNode) or not _VERSION.fullmatch(number.value):
-            raise KekFileInvalid(
-                f"line {_line(number)}: a version is a whole number from 1 to {MAX_KEK_VERSION}"
-            )
-        version = int(number.value)
-        if version in keys:
-            raise KekFileInvalid(f"line {_line(number)}: version {version} is given twice")
-        keys[version] = _key(value)
-    return keys
-
-
-def _key(node: yaml.Node) -> bytes:
-    if not isinstance(node, yaml.ScalarNode) or not _HEX_KEY.fullmatch(node.value):
-        size = f"; this one has {len(node.value)} characters" if isinstance(node, yaml.ScalarNode) else ""
-        raise KekFileInvalid(f"line {_line(node)}: a KEK is {2 * KEK_BYTES} hex digits{size}")
-    return bytes.fromhex(node.value)
-
-
-def _compose(data: bytes) -> yaml.Node | None:
-    line = ""
-    try:
-        node: yaml.Node | None = yaml.compose(data, Loader=yaml.BaseLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" at line {mark.line + 1}" if mark else ""
-    except RecursionError:  # brackets nested thousands deep; still a broken file and not a dead service
-        line = ": it is nested too deep"
-    else:
-        return node
-    # Outside the handler, so that the parser's error, which quotes the file, is not this one's context.
-    raise KekFileInvalid(f"it is not valid YAML{line}")
-
-
-def _line(node: yaml.Node) -> int:
-    return int(node.start_mark.line) + 1

@@ -8,7 +8,7 @@ from pathlib import Path
 from progressdb_kms.domain.errors import KekFileInvalid
 from progressdb_kms.domain.keyring import KEK_BYTES, check_value
 from progressdb_kms.kek.atomic import write_once
-from progressdb_kms.kek.file import render_keys
+from progressdb_kms.kek.keyfile import render_entries
 
 
 def init_kek_file(path: Path) -> str:
@@ -28,7 +28,7 @@ def init_kek_file(path: Path) -> str:
     except OSError as error:
         raise KekFileInvalid(f"can't make the directory {path.parent}: {error.strerror}") from None
     try:
-        write_once(path, render_keys({1: key}), 0o600)
+        write_once(path, render_entries({1: key}), 0o600)
     except FileExistsError:
         raise KekFileInvalid(
             f"{path} exists already and is never overwritten; choose another --file"

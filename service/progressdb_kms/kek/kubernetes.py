@@ -19,10 +19,11 @@ from typing import Any, Final
 from kubernetes import client
 
 from progressdb_kms.domain.errors import KekFileInvalid, RotationRefused
-from progressdb_kms.domain.keyring import KEK_BYTES, check_value
+from progressdb_kms.domain.keyring import KEK_BYTES
 from progressdb_kms.kek.cluster import CONFLICT, TIMEOUT, ApiRefused, called, connect
 from progressdb_kms.kek.escrow import Escrow
-from progressdb_kms.kek.file import FileKekSource, parse_keys, render_keys
+from progressdb_kms.kek.file import FileKekSource
+from progressdb_kms.kek.keyfile import Entry, parse_entries, read_entries, render_entries, same_entry
 from progressdb_kms.kek.staging import appears
 
 _TRIES: Final = 5
@@ -92,7 +93,7 @@ class KubernetesKekStager:
         self._source.reload(self._required())
         if version in self._source.versions():
             return
-        loaded = {number: await self._source.check_value(number) for number in self._source.versions()}
+        loaded = read_entries(self._source.path)
         await asyncio.to_thread(add_to_secret, self._ref, version, loaded)
         if not await appears(self._source, self._required, version, self._wait):
             raise RotationRefused(
@@ -105,26 +106,28 @@ class KubernetesKekStager:
         return await self._escrow.complete(version)
 
 
-def add_to_secret(ref: SecretRef, version: int, loaded: Mapping[int, str]) -> None:
-    """Add a fresh random key to the KEK file in a Secret; one that is there is adopted.
+def add_to_secret(ref: SecretRef, version: int, loaded: Mapping[int, Entry], entry: Entry = b"") -> None:
+    """Add a version to the KEK file in a Secret; one that is there is adopted.
 
     Args:
         ref: The Secret.
         version: The version to add.
-        loaded: Check values of the versions in the mounted file. The Secret must hold the same ones: if
-            not, the file is not mounted from it.
+        loaded: What the mounted file holds. The Secret must hold the same: if not, the file is not mounted
+        from
+            it.
+        entry: What it holds for the version; without it a fresh random key.
 
     Raises:
         RotationRefused, KekFileInvalid: As ``KubernetesKekStager.stage``.
     """
     try:
-        _add(ref, version, loaded)
+        _add(ref, version, loaded, entry or os.urandom(KEK_BYTES))
     except ApiRefused as error:
         role = "; the job's role needs get and patch on it" if error.status else ""
         raise RotationRefused(error.detail + role) from None
 
 
-def _add(ref: SecretRef, version: int, loaded: Mapping[int, str]) -> None:
+def _add(ref: SecretRef, version: int, loaded: Mapping[int, Entry], entry: Entry) -> None:
     with connect() as api_client:
         api = client.CoreV1Api(api_client)
         for _ in range(_TRIES):
@@ -133,19 +136,19 @@ def _add(ref: SecretRef, version: int, loaded: Mapping[int, str]) -> None:
                 "get",
                 lambda: api.read_namespaced_secret(ref.secret, ref.namespace, _request_timeout=TIMEOUT),
             )
-            keys = _keys(ref, secret.data or {})
-            _require_same(ref, keys, loaded)
-            if version in keys:
+            entries = _entries(ref, secret.data or {})
+            _require_same(ref, entries, loaded)
+            if version in entries:
                 return
             if keeper := keeper_of(secret.metadata):
                 raise RotationRefused(
                     f"{ref} is kept by {keeper}, which would take a version away again: add KEK"
                     f" version {version} at its source, and set rotation.distribute: external"
                 )
-            keys[version] = os.urandom(KEK_BYTES)
+            entries[version] = entry
             body = {
                 "metadata": {"resourceVersion": secret.metadata.resource_version},
-                "data": {ref.key: base64.b64encode(render_keys(keys)).decode()},
+                "data": {ref.key: base64.b64encode(render_entries(entries)).decode()},
             }
             try:
                 called(
@@ -177,19 +180,19 @@ def keeper_of(metadata: Any) -> str:  # noqa: ANN401 - the kubernetes client has
     return _MANAGERS.get(labels.get("app.kubernetes.io/managed-by", "").lower(), "")
 
 
-def _keys(ref: SecretRef, data: Mapping[str, str]) -> dict[int, bytes]:
+def _entries(ref: SecretRef, data: Mapping[str, str]) -> dict[int, Entry]:
     if ref.key not in data:
         raise KekFileInvalid(f"{ref} has no key {ref.key}; see rotation.kubernetes.key")
     try:
         content = base64.b64decode(data[ref.key], validate=True)
     except binascii.Error:
         raise KekFileInvalid(f"{ref}: {ref.key} is not base64") from None
-    return parse_keys(content, f"{ref}: {ref.key}")
+    return parse_entries(content, f"{ref}: {ref.key}")
 
 
-def _require_same(ref: SecretRef, keys: Mapping[int, bytes], loaded: Mapping[int, str]) -> None:
-    for version, value in sorted(loaded.items()):
-        if version not in keys or check_value(keys[version]) != value:
+def _require_same(ref: SecretRef, entries: Mapping[int, Entry], loaded: Mapping[int, Entry]) -> None:
+    for version in sorted(loaded):
+        if not same_entry(entries.get(version), loaded[version]):
             raise KekFileInvalid(
                 f"{ref} does not hold the KEK version {version} that is loaded: is it the Secret that the"
                 " KEK file is mounted from?"

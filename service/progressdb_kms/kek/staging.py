@@ -17,7 +17,8 @@ from progressdb_kms.domain.errors import KekFileInvalid, RotationRefused
 from progressdb_kms.domain.keyring import KEK_BYTES
 from progressdb_kms.kek.atomic import replace_file
 from progressdb_kms.kek.escrow import Escrow
-from progressdb_kms.kek.file import FileKekSource, read_keys, render_keys
+from progressdb_kms.kek.file import FileKekSource
+from progressdb_kms.kek.keyfile import Entry, read_entries, render_entries, same_entry
 
 LOOK_EVERY: Final = 0.5
 
@@ -115,10 +116,15 @@ async def appears(
         await asyncio.sleep(LOOK_EVERY)
 
 
-def add_version(path: Path, version: int) -> None:
-    """Add a fresh random key (SP 800-133, from the kernel's generator) to a KEK file, durably.
+def add_version(path: Path, version: int, entry: Entry = b"") -> None:
+    """Add a version to a KEK file, durably; one that is there already stays.
 
     The new file is written beside the old one, with its mode and owner, and takes its place at once.
+
+    Args:
+        path: The file.
+        version: The version.
+        entry: What it holds for it; without it a fresh random key (SP 800-133, from the kernel's generator).
 
     Raises:
         RotationRefused: The file can't be written.
@@ -126,17 +132,19 @@ def add_version(path: Path, version: int) -> None:
     """
     # A link would be replaced by a file, and whoever keeps its target would never see the new version.
     path = path.resolve()
-    keys = read_keys(path)
-    if version in keys:
+    entries = read_entries(path)
+    if version in entries:
         return
-    keys[version] = os.urandom(KEK_BYTES)
+    entries[version] = entry or os.urandom(KEK_BYTES)
     try:
         status = path.stat()
-        replace_file(path, render_keys(keys), stat.S_IMODE(status.st_mode), (status.st_uid, status.st_gid))
+        replace_file(
+            path, render_entries(entries), stat.S_IMODE(status.st_mode), (status.st_uid, status.st_gid)
+        )
     except OSError as error:
         raise RotationRefused(
             f"can't write {path}: {error.strerror}; where it is mounted from a Kubernetes Secret, set"
             " kek.management: kubernetes, and where someone else keeps it, rotation.distribute: external"
         ) from None
-    if version not in read_keys(path):
+    if not same_entry(read_entries(path).get(version), entries[version]):
         raise KekFileInvalid(f"{path} does not hold KEK version {version} after it was written")

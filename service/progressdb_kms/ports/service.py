@@ -271,12 +271,11 @@ class KekSource(Protocol):
     ``body`` is what stands behind the blob's header (``domain.envelope``).
     """
 
-    @property
-    def name(self) -> str:
-        """Kind of source: ``file``."""
-
     def versions(self) -> frozenset[int]:
         """Return the versions that are loaded now."""
+
+    def kind(self, version: int) -> str:
+        """Return what kind of place keeps a version: ``file``, ``pkcs11``, ``vault`` or ``aws``."""
 
     def source_key(self, version: int) -> str:
         """Return the source's own name for a version, not secret."""
@@ -285,21 +284,24 @@ class KekSource(Protocol):
         """Return the check value to register for a version.
 
         Raises:
-            KekUnavailable: Not loaded.
+            KekUnavailable: Not loaded, or not to be had where it is kept.
+            KekUnreachable: That does not answer; nothing is known of the key.
         """
 
     async def matches(self, version: int, check_value: str) -> bool:
         """Say whether the loaded key of ``version`` is the one that was registered.
 
         Raises:
-            KekUnavailable: Not loaded.
+            KekUnavailable: Not loaded, or not to be had where it is kept.
+            KekUnreachable: That does not answer; nothing is known of the key.
         """
 
     async def wrap(self, version: int, deks: Sequence[bytes], aads: Sequence[bytes]) -> list[bytes]:
         """Wrap raw DEKs and return the bodies.
 
         Raises:
-            KekUnavailable: Not loaded.
+            KekUnavailable: Not loaded, or not to be had where it is kept.
+            KekUnreachable: That does not answer; nothing is known of the key.
         """
 
     async def unwrap(
@@ -308,19 +310,21 @@ class KekSource(Protocol):
         """Return the raw DEKs; WrappedKeyInvalid in the place of one that does not unwrap.
 
         Raises:
-            KekUnavailable: Not loaded.
+            KekUnavailable: Not loaded, or not to be had where it is kept.
+            KekUnreachable: That does not answer; nothing is known of the key.
         """
 
-    async def seal(self, version: int, label: bytes, digest: bytes) -> bytes:
-        """Return a MAC of 32 bytes over ``digest`` under a key derived from a KEK for this alone.
+    async def seal(self, kek: KekInfo, label: bytes, digest: bytes) -> bytes:
+        """Return a MAC of 32 bytes over ``digest`` under a key that only whoever has a KEK can derive.
 
         Args:
-            version: The KEK version.
+            kek: The KEK, as it was registered.
             label: What is sealed; a seal under one label is none under another.
             digest: What to seal.
 
         Raises:
-            KekUnavailable: Not loaded.
+            KekUnavailable: Not loaded, or not to be had where it is kept.
+            KekUnreachable: That does not answer; nothing is known of the key.
         """
 
 

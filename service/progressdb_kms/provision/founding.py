@@ -12,11 +12,11 @@ from typing import Final, Protocol
 from progressdb_kms.domain.errors import KekFileInvalid, ProvisionRefused, RegistryLost
 from progressdb_kms.domain.keyring import KEK_BYTES, KekState, check_value
 from progressdb_kms.kek.escrow import Escrow, Recipient
-from progressdb_kms.kek.file import parse_keys, render_keys
+from progressdb_kms.kek.keyfile import Entry, KeyName, parse_entries, raw_keys, render_entries
 from progressdb_kms.ports import KekRegistry
 from progressdb_kms.ports.escrow import EscrowBox
 from progressdb_kms.provision.config import Kek
-from progressdb_kms.provision.kek import FOUNDED, PENDING, Kept, Step, Stored, next_step
+from progressdb_kms.provision.kek import FOUNDED, PENDING, UNKNOWN, Kept, Step, Stored, next_step
 from progressdb_kms.provision.secrets import Change, Found, Ref, Secrets
 from progressdb_kms.usecases.keks import first_kek
 
@@ -77,7 +77,7 @@ async def seal_kek(
         return  # an empty store, which the service makes the registry of
     keys = {
         version: key
-        for version, key in _keys(wanted, ref, found.data).items()
+        for version, key in raw_keys(_entries(wanted, ref, found.data)).items()
         if version in view.keks and check_value(key) == view.keks[version].check_value
     }
     before = await store.escrow.load()
@@ -104,7 +104,7 @@ class _InMemory:
     def __init__(self, keys: Mapping[int, bytes]) -> None:
         self._keys = keys
 
-    def versions(self) -> frozenset[int]:
+    def exportable(self) -> frozenset[int]:
         return frozenset(self._keys)
 
     def export(self, version: int) -> bytes:
@@ -148,15 +148,20 @@ async def _stored(registry: KekRegistry) -> Stored:
 
 def _kept(wanted: Kek, ref: Ref, found: Found) -> Kept:
     store_id = found.data.get(wanted.store_id_key, b"").decode("ascii", "replace").strip()
-    keks = {version: check_value(key) for version, key in _keys(wanted, ref, found.data).items()}
+    entries = _entries(wanted, ref, found.data)
+    keks = {version: _check_value(entry) for version, entry in entries.items()}
     return Kept(str(ref), keks, store_id, found.annotations.get(FOUNDED, ""))
 
 
-def _keys(wanted: Kek, ref: Ref, data: Mapping[str, bytes]) -> dict[int, bytes]:
+def _check_value(entry: Entry) -> str:
+    return UNKNOWN if isinstance(entry, KeyName) else check_value(entry)
+
+
+def _entries(wanted: Kek, ref: Ref, data: Mapping[str, bytes]) -> dict[int, Entry]:
     if not data.get(wanted.key):
         return {}
     try:
-        return parse_keys(data[wanted.key], f"{ref}: {wanted.key}")
+        return parse_entries(data[wanted.key], f"{ref}: {wanted.key}")
     except KekFileInvalid as error:
         raise KekFileInvalid(f"{error.detail}; put it back from its copy") from None
 
@@ -164,7 +169,7 @@ def _keys(wanted: Kek, ref: Ref, data: Mapping[str, bytes]) -> dict[int, bytes]:
 def _new(wanted: Kek) -> Change:
     return Change(
         data={
-            wanted.key: render_keys({1: os.urandom(KEK_BYTES)}),
+            wanted.key: render_entries({1: os.urandom(KEK_BYTES)}),
             wanted.store_id_key: _new_id().encode(),
         },
         annotations={**wanted.annotations, FOUNDED: PENDING},
@@ -188,7 +193,13 @@ def _new_id() -> str:
 
 
 async def _found(wanted: Kek, ref: Ref, found: Found, registry: KekRegistry) -> None:
-    keys = _keys(wanted, ref, found.data)
-    version = max(keys)
-    kek = first_kek(version, check_value(keys[version]), "file", str(version), time.time())
+    entries = _entries(wanted, ref, found.data)
+    version = max(entries)
+    entry = entries[version]
+    if isinstance(entry, KeyName):
+        raise ProvisionRefused(
+            f"the highest KEK version in {ref}, {version}, is kept by {entry.kind}, where provisioning has no"
+            " access: begin with a key in the file, and rotate to that one"
+        )
+    kek = first_kek(version, check_value(entry), "file", str(version), time.time())
     await registry.initialise(kek, found.data[wanted.store_id_key].decode("ascii").strip())

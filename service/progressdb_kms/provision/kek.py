@@ -17,6 +17,8 @@ from progressdb_kms.domain.errors import ProvisionRefused
 FOUNDED: Final = "progressdb-kms.io/founded"
 """Annotation of the Secret: the id of the store once its registry was made under it, ``PENDING`` before."""
 PENDING: Final = "pending"
+UNKNOWN: Final = ""
+"""Check value of a key that is kept elsewhere: only the service can compare it."""
 
 
 class Step(StrEnum):
@@ -141,7 +143,7 @@ def _require_same(kept: Kept, stored: Stored) -> None:
             " point store.url at the right store, or use this store's own Secret"
         )
     for version, value in sorted((stored.keks or {}).items()):
-        if kept.keks.get(version) != value:
+        if kept.keks.get(version) not in {value, UNKNOWN}:
             problem = "is another key" if version in kept.keks else "is missing"
             raise ProvisionRefused(
                 f"KEK version {version}, which the store's keys need, {problem} in {kept.name}: put the right"

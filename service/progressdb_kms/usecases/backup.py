@@ -127,7 +127,7 @@ async def _export(
     registry = Registry(view.active, tuple(view.keks.values()), dict(extras.wraps), dict(extras.escrow))
     counts = builder.counts(damaged)
     digest = builder.close(registry, damaged)
-    sha256 = builder.seal(await vault.source.seal(kek.version, SEAL_LABEL, digest))
+    sha256 = builder.seal(await vault.source.seal(kek, SEAL_LABEL, digest))
     sink.commit()
     note = replace(
         note,
@@ -245,7 +245,7 @@ async def authenticate_export(source: KekSource, export: Inspected) -> None:
     )
     if not sealing:
         raise BackupInvalid("the export is damaged: its registry does not know the KEK of its seal")
-    seal = await source.seal(export.header.seal_version, SEAL_LABEL, export.ending.sealed)
+    seal = await source.seal(sealing[0], SEAL_LABEL, export.ending.sealed)
     if not same(seal, export.ending.seal):
         raise BackupInvalid("the export's seal does not match: it was changed by somebody without the KEK")
 

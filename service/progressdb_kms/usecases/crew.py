@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 import structlog
 
-from progressdb_kms.domain.errors import AuditUnavailable, Fenced, KmsError, StoreUnavailable
+from progressdb_kms.domain.errors import AuditUnavailable, Fenced, KekUnreachable, KmsError, StoreUnavailable
 from progressdb_kms.domain.keys import ALL_TAGS
 from progressdb_kms.ports import AuditEvent
 
@@ -167,12 +167,12 @@ class Crew(ABC):
         parts.progress.slot(counts)
 
     async def _patiently(self, action: Callable[[], Awaitable[_T]]) -> _T:
-        """Try again while the store is away: each action is safe to repeat."""
+        """Try again while the store, or what keeps a KEK, is away: each action is safe to repeat."""
         deadline = self._parts.now() + self._conduct.patience
         while True:
             try:
                 return await action()
-            except (StoreUnavailable, AuditUnavailable):
+            except (StoreUnavailable, AuditUnavailable, KekUnreachable):
                 if self._parts.now() >= deadline:
                     raise
                 self._go_on()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -13,6 +13,7 @@ from progressdb_kms.domain.errors import (
     KekFileInvalid,
     KekMismatch,
     KekUnavailable,
+    KekUnreachable,
     KmsError,
     NotReady,
     RegistryLost,
@@ -20,7 +21,7 @@ from progressdb_kms.domain.errors import (
 from progressdb_kms.domain.keyring import KekInfo, KekState, kek_id_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from progressdb_kms.ports import KekRegistry, KekSource, Observer, RegistryView
 
@@ -64,6 +65,7 @@ class KekBook:
         self._verified: dict[int, str] = {}
         self._wraps_left: dict[int, int] = {}
         self._lost = ""
+        self._trouble: dict[int, str] = {}
         self._reserving = asyncio.Lock()
         self.problem = "the KEK registry has not been read yet"
 
@@ -108,6 +110,7 @@ class KekBook:
                 filled.
             RegistryLost: The store holds keys but no registry that this release can read.
             StoreUnavailable, StoreNotDurable: Not now.
+            KekUnreachable: Where a version is kept does not answer.
         """
         try:
             view = await self._registry.load()
@@ -123,10 +126,12 @@ class KekBook:
         if view is None:
             version = max(self.source.versions())
             value = await self.source.check_value(version)
-            kek = first_kek(version, value, self.source.name, self.source.source_key(version), now)
+            kek = first_kek(version, value, self.source.kind(version), self.source.source_key(version), now)
             view = await self._registry.initialise(kek)
         require_store(view, self._store_id)
-        await self._adopt(view)
+        unreachable = await self._adopt(view)
+        if unreachable:
+            raise KekUnreachable(self.problem)
         if self.problem:
             raise KekMismatch(self.problem)
 
@@ -157,8 +162,10 @@ class KekBook:
         else:
             await self._adopt(view)
 
-    async def _adopt(self, view: RegistryView) -> None:
+    async def _adopt(self, view: RegistryView) -> bool:
+        """Take a registry over; return whether all of ``problem`` is that some version can't be looked at."""
         verified: dict[int, str] = {}
+        unreachable = []
         problems = []
         required = _required(view)
         if not required.keys() <= self.source.versions():
@@ -170,7 +177,14 @@ class KekBook:
             if version not in loaded:
                 if version in required:
                     problems.append(f"KEK version {version} ({kek.state}) is not loaded: add it")
-            elif not await self.source.matches(version, kek.check_value):
+                continue
+            try:
+                matches = await self.source.matches(version, kek.check_value)
+            except (KekUnavailable, KekUnreachable) as error:
+                if version in required:
+                    unreachable.append(f"KEK version {version} ({kek.state}): {error.detail}")
+                continue
+            if not matches:
                 # Even a staged or retired one: a wrong key under a known number is never to be trusted.
                 problems.append(
                     f"KEK version {version} is not the key that this store's data is wrapped under (expected"
@@ -183,7 +197,8 @@ class KekBook:
         self._view = view
         self._verified = verified
         self._lost = ""
-        self.problem = "; ".join(problems)
+        self.problem = "; ".join([*problems, *unreachable])
+        return bool(unreachable) and not problems
 
     async def wrap(
         self, deks: Sequence[bytes], names: Sequence[tuple[str, str]]
@@ -209,7 +224,8 @@ class KekBook:
         if kek_id is None:
             raise KekUnavailable(f"the active KEK version {version} is not loaded as registered")
         await self._reserve(version, len(deks))
-        bodies = await self.source.wrap(version, deks, [wrap_aad(*name) for name in names])
+        with self._told(version):
+            bodies = await self.source.wrap(version, deks, [wrap_aad(*name) for name in names])
         return version, kek_id, [pack_blob(version, body) for body in bodies]
 
     async def unwrap(
@@ -222,7 +238,24 @@ class KekBook:
         """
         if version not in self._verified:
             raise KekUnavailable(f"KEK version {version} is not loaded as registered")
-        return await self.source.unwrap(version, bodies, aads)
+        with self._told(version):
+            return await self.source.unwrap(version, bodies, aads)
+
+    @contextmanager
+    def _told(self, version: int) -> Iterator[None]:
+        """Log why a key is not to be had, once; callers are not told, as it names our files and addresses."""
+        failure: KekUnavailable | KekUnreachable | None = None
+        try:
+            yield
+        except (KekUnavailable, KekUnreachable) as error:
+            failure = error
+        if failure is not None:
+            if self._trouble.get(version) != failure.detail:
+                log.error("kek_not_usable", kek_version=version, detail=failure.detail)
+            self._trouble[version] = failure.detail
+            raise type(failure)(f"KEK version {version}: {failure.title}")
+        if self._trouble.pop(version, ""):
+            log.info("kek_usable_again", kek_version=version)
 
     async def wraps(self) -> dict[int, int]:
         """Return the wraps reserved so far by version.

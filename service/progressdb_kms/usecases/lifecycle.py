@@ -11,6 +11,7 @@ from progressdb_kms.domain.errors import (
     BatchTooLarge,
     InvalidField,
     KekUnavailable,
+    KekUnreachable,
     KeyDestroyed,
     KeyNotFound,
     KmsError,
@@ -358,7 +359,7 @@ async def _rewrap(kms: Kms, record: DekRecord) -> DekRecord:
         version, kek_id, (blob,) = await kms.keks.wrap([dek], [(record.key_id, record.thread_id)])
         written = replace(record, wrapped=blob, kek_id=kek_id, kek_version=version)
         (check,) = await unwrap_records(kms, [written])
-        if isinstance(check, KekUnavailable):
+        if isinstance(check, (KekUnavailable, KekUnreachable)):
             raise check
         if check != dek:
             raise WrappedKeyInvalid("the new wrap does not unwrap to the same key; the old one was kept")

@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from progressdb_kms.domain.envelope import USES_LIMIT, USES_WARN, parse_blob, wrap_aad
 from progressdb_kms.domain.errors import (
     KekUnavailable,
+    KekUnreachable,
     KeyNotFound,
     KmsError,
     StoreUnavailable,
@@ -287,7 +288,7 @@ async def unwrap_records(kms: Kms, records: list[DekRecord]) -> list[bytes | Kms
         raw: list[bytes | KmsError]
         try:
             raw = await kms.keks.unwrap(version, [body for _, body, _ in group], [aad for _, _, aad in group])
-        except KekUnavailable as error:
+        except (KekUnavailable, KekUnreachable) as error:
             raw = [error] * len(group)
         for (number, _, _), key in zip(group, raw, strict=True):
             results[number] = key

@@ -247,11 +247,11 @@ class Rotator(Crew):
         await self._patiently(lambda: parts.stager.stage(version))
         parts.reached("staged")
         source = parts.keks.source
-        value = await source.check_value(version)
+        value = await self._patiently(lambda: self._check_value(version))
         kek = KekInfo(
             version=version,
             kek_id=kek_id_of(value),
-            source=source.name,
+            source=source.kind(version),
             source_key=source.source_key(version),
             check_value=value,
             state=KekState.STAGED,
@@ -271,6 +271,15 @@ class Rotator(Crew):
             raise RotationRefused(parts.keks.problem or f"KEK version {version} can't be loaded here")
         await self._await_instances(version)
         parts.reached("distributed")
+
+    async def _check_value(self, version: int) -> str:
+        """Return the registered check value where this run resumes, since not every source gives it twice."""
+        parts = self._parts
+        view = await parts.registry.load()
+        known = view.keks.get(version) if view is not None else None
+        if known is not None and await parts.keks.source.matches(version, known.check_value):
+            return known.check_value
+        return await parts.keks.source.check_value(version)
 
     async def _await_instances(self, version: int) -> None:
         parts = self._parts

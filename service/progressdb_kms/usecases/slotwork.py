@@ -8,7 +8,12 @@ from collections import Counter
 from typing import TYPE_CHECKING, Final
 
 from progressdb_kms.domain.envelope import parse_blob, wrap_aad
-from progressdb_kms.domain.errors import KekUnavailable, KmsError, RotationRefused, WrappedKeyInvalid
+from progressdb_kms.domain.errors import (
+    KekUnavailable,
+    KmsError,
+    RotationRefused,
+    WrappedKeyInvalid,
+)
 from progressdb_kms.domain.keys import ALL_TAGS
 from progressdb_kms.domain.rotation import Rotation, Step, bucket_digest, slot_digest
 from progressdb_kms.ports import Quarantined, StoredBlob, Swap, SwapResult

@@ -9,8 +9,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from progressdb_kms.domain.envelope import parse_blob, wrap_aad
-from progressdb_kms.domain.errors import BackupInvalid, KekUnavailable, KmsError, WrappedKeyInvalid
-from progressdb_kms.domain.keyring import kek_id_of
+from progressdb_kms.domain.errors import (
+    BackupInvalid,
+    KekUnavailable,
+    KmsError,
+    WrappedKeyInvalid,
+)
+from progressdb_kms.domain.keyring import KEPT_ELSEWHERE, kek_id_of
 from progressdb_kms.ports import AuditEvent
 
 if TYPE_CHECKING:
@@ -69,8 +74,10 @@ async def unwrap_all(source: KekSource, sealed: Sequence[Sealed]) -> list[bytes 
     """Unwrap keys, each under exactly the version that its blob names; an error in place of one that fails.
 
     Straight from the source, since a store that is being filled has no registry yet: whoever calls has
-        compared
-    the source's check values with a registry.
+    compared the source's check values with a registry.
+
+    Raises:
+        KekUnreachable: Where a key is kept can't be asked, which says nothing of what it wraps.
     """
     results: list[bytes | KmsError] = [WrappedKeyInvalid()] * len(sealed)
     groups: dict[int, list[tuple[int, bytes, bytes]]] = {}
@@ -105,7 +112,9 @@ async def require_keks(source: KekSource, keks: Iterable[KekInfo], what: str) ->
         if kek.version not in loaded:
             problems.append(f"version {kek.version} must be {kek.kek_id} and is not loaded")
         elif not await source.matches(kek.version, kek.check_value):
-            found = kek_id_of(await source.check_value(kek.version))
+            found = "another key"
+            if source.kind(kek.version) not in KEPT_ELSEWHERE:
+                found = kek_id_of(await source.check_value(kek.version))
             problems.append(f"version {kek.version} must be {kek.kek_id} and is {found}")
     if problems:
         raise BackupInvalid(

@@ -85,6 +85,7 @@ def test_only_passing_troubles_are_retryable() -> None:
         "audit_unavailable",
         "stale_kek",
         "kek_unavailable",
+        "kek_unreachable",
         "overloaded",
         "deadline_exceeded",
         "not_ready",

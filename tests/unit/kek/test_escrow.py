@@ -24,7 +24,8 @@ from progressdb_kms.kek.escrow import (
     make_recovery_key,
     recover,
 )
-from progressdb_kms.kek.file import FileKekSource, render_keys
+from progressdb_kms.kek.file import FileKekSource
+from progressdb_kms.kek.keyfile import render_entries
 from progressdb_kms.ports import RegistryView
 from progressdb_kms.ports.escrow import SealedKek
 from progressdb_kms.store.escrow_entries import decode_entry, encode_entry
@@ -44,7 +45,7 @@ def kek(version: int, state: KekState) -> KekInfo:
 def source(tmp_path: Path) -> FileKekSource:
     """Give a KEK file with versions 1 and 2."""
     path = tmp_path / "kek.yaml"
-    path.write_bytes(render_keys({version: KEYS[version] for version in (1, 2)}))
+    path.write_bytes(render_entries({version: KEYS[version] for version in (1, 2)}))
     path.chmod(0o600)
     return FileKekSource(path)
 
@@ -184,7 +185,7 @@ def test_bad_recovery_keys_are_refused_without_showing_them(tmp_path: Path) -> N
 def test_export_is_the_loaded_key_only(source: FileKekSource) -> None:
     """A key that has changed in the file since it was loaded is not given out."""
     assert source.export(1) == KEYS[1]
-    source.path.write_bytes(render_keys({1: KEYS[3], 2: KEYS[2]}))
+    source.path.write_bytes(render_entries({1: KEYS[3], 2: KEYS[2]}))
     with pytest.raises(KekFileInvalid, match="not the key that is loaded"):
         source.export(1)
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from progressdb_kms.domain.envelope import BODY_BYTES, NONCE_BYTES, wrap_aad
 from progressdb_kms.domain.errors import KekFileInvalid, KekUnavailable, WrappedKeyInvalid
 from progressdb_kms.domain.keyring import check_value
-from progressdb_kms.kek.file import FileKekSource, _parse
+from progressdb_kms.kek.file import FileKekSource
+from progressdb_kms.kek.keyfile import KeyName, _parse
 
 # Recognisable in any output; as a key it is as good as another.
 KEY = "5ec2e7" * 10 + "5ec2"
@@ -47,7 +48,7 @@ async def test_versions_are_loaded_by_number(path: Path) -> None:
     """The long form holds several, and upper-case hex is as good."""
     source = FileKekSource(write(path, f"versions:\n  2: {OTHER}\n  7: '{KEY.upper()}'\n"))
     assert source.versions() == {2, 7}
-    assert source.name == "file"
+    assert source.kind(7) == "file"
     assert source.source_key(7) == "7"
     assert await source.matches(7, check_value(bytes.fromhex(KEY)))
     assert not await source.matches(2, check_value(bytes.fromhex(KEY)))
@@ -124,7 +125,7 @@ def test_any_content_is_a_keyring_or_one_error(data: bytes | str) -> None:
     """No content raises anything but KekFileInvalid, or gives a key that is not 32 bytes."""
     raw = data if isinstance(data, bytes) else data.encode()
     with contextlib.suppress(KekFileInvalid):
-        assert all(len(key) == 32 for key in _parse(raw).values())
+        assert all(isinstance(entry, KeyName) or len(entry) == 32 for entry in _parse(raw).values())
 
 
 def test_a_missing_file_is_named(path: Path) -> None:

@@ -12,7 +12,8 @@ import pytest
 from progressdb_kms.domain.errors import KekFileInvalid, RotationRefused
 from progressdb_kms.domain.keyring import check_value
 from progressdb_kms.kek.escrow import Escrow
-from progressdb_kms.kek.file import FileKekSource, parse_keys, render_keys
+from progressdb_kms.kek.file import FileKekSource
+from progressdb_kms.kek.keyfile import parse_entries, render_entries
 from progressdb_kms.kek.kubernetes import MADE_BY, KubernetesKekStager, SecretRef
 from progressdb_kms.store.memory import MemoryStore
 from progressdb_kms.store.memory_escrow import MemoryEscrowBox
@@ -20,7 +21,7 @@ from tests.unit.kek.secrets_api import SecretsApi
 
 KEY = bytes(range(32))
 OTHER = bytes(range(1, 33))
-CONTENT = render_keys({1: KEY})
+CONTENT = render_entries({1: KEY})
 
 
 def required() -> Mapping[int, str]:
@@ -80,7 +81,7 @@ async def test_adds_and_waits_for_the_mount(serve: Callable[..., SecretsApi], so
     made = stager(source)
     await made.stage(2)
     assert source.versions() == {1, 2}
-    assert parse_keys(api.content(), "x")[1] == KEY
+    assert parse_entries(api.content(), "x")[1] == KEY
     assert api.content("other") == b"x"
     assert api.requests == ["GET", "PATCH"]
     assert await made.escrow(2) == 0
@@ -92,7 +93,7 @@ async def test_a_conflict_is_read_again(serve: Callable[..., SecretsApi], source
     """A Secret that changes between read and patch is not overwritten: the change is kept, or adopted."""
     api = serve()
     mounts(api, source)
-    writes = iter([{"other": b"1"}, {"kek.yaml": render_keys({1: KEY, 2: OTHER})}])
+    writes = iter([{"other": b"1"}, {"kek.yaml": render_entries({1: KEY, 2: OTHER})}])
 
     def interfere() -> None:
         for data in writes:
@@ -103,7 +104,7 @@ async def test_a_conflict_is_read_again(serve: Callable[..., SecretsApi], source
     api.before_patch = interfere
     await stager(source).stage(2)
     assert api.content("other") == b"1"
-    assert parse_keys(api.content(), "x")[2] == OTHER
+    assert parse_entries(api.content(), "x")[2] == OTHER
     assert api.requests == ["GET", "PATCH", "GET", "PATCH", "GET"]
 
 
@@ -117,7 +118,7 @@ async def test_endless_conflicts_end(serve: Callable[..., SecretsApi], source: F
 
 async def test_adopts_what_is_there(serve: Callable[..., SecretsApi], source: FileKekSource) -> None:
     """A version that the Secret holds already, also one that GitOps keeps, is waited for and not patched."""
-    content = render_keys({1: KEY, 2: OTHER})
+    content = render_entries({1: KEY, 2: OTHER})
     api = serve(content, labels={"app.kubernetes.io/managed-by": "external-secrets"})
     with pytest.raises(RotationRefused, match="does not show it after 0 s"):
         await stager(source, wait=0).stage(2)
@@ -169,7 +170,7 @@ async def test_a_secret_that_is_not_the_mounted_one_is_refused(
     serve: Callable[..., SecretsApi], source: FileKekSource
 ) -> None:
     """Other keys than the loaded ones, no such entry, and an entry that is no KEK file are refused."""
-    api = serve(render_keys({1: OTHER}))
+    api = serve(render_entries({1: OTHER}))
     with pytest.raises(KekFileInvalid, match="is it the Secret"):
         await stager(source).stage(2)
     with pytest.raises(KekFileInvalid, match="has no key"):

@@ -14,7 +14,8 @@ import yaml
 from progressdb_kms.domain.errors import KekFileInvalid, RotationRefused
 from progressdb_kms.domain.keyring import check_value
 from progressdb_kms.kek.escrow import Escrow
-from progressdb_kms.kek.file import FileKekSource, parse_keys, render_keys
+from progressdb_kms.kek.file import FileKekSource
+from progressdb_kms.kek.keyfile import parse_entries, raw_keys, render_entries
 from progressdb_kms.kek.staging import ExternalKekStager, FileKekStager, add_version
 from progressdb_kms.store.memory import MemoryStore
 from progressdb_kms.store.memory_escrow import MemoryEscrowBox
@@ -27,7 +28,7 @@ OTHER = bytes(range(1, 33))
 def path(tmp_path: Path) -> Path:
     """Give a KEK file with version 1."""
     file = tmp_path / "kek.yaml"
-    file.write_bytes(render_keys({1: KEY}))
+    file.write_bytes(render_entries({1: KEY}))
     file.chmod(0o600)
     return file
 
@@ -53,20 +54,20 @@ async def test_adds_a_version_and_loads_it(path: Path) -> None:
     source = FileKekSource(path)
     await FileKekStager(source, required, escrow(source)).stage(2)
     assert source.versions() == {1, 2}
-    keys = parse_keys(path.read_bytes(), "x")
+    keys = raw_keys(parse_entries(path.read_bytes(), "x"))
     assert keys[1] == KEY
     assert len(keys[2]) == 32
     await FileKekStager(source, required, escrow(source)).stage(3)
-    assert parse_keys(path.read_bytes(), "x")[2] == keys[2]
+    assert parse_entries(path.read_bytes(), "x")[2] == keys[2]
 
 
 async def test_adopts_a_version_that_is_there(path: Path) -> None:
     """What a killed run, or an operator, has added is taken, and the file not written again."""
-    path.write_bytes(render_keys({1: KEY, 2: OTHER}))
+    path.write_bytes(render_entries({1: KEY, 2: OTHER}))
     before = path.stat()
     await stager(path).stage(2)
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-    assert parse_keys(path.read_bytes(), "x")[2] == OTHER
+    assert parse_entries(path.read_bytes(), "x")[2] == OTHER
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o400, 0o640, 0o440])
@@ -99,16 +100,16 @@ async def test_a_link_stays_a_link(path: Path, tmp_path: Path) -> None:
     link.symlink_to(path)
     await stager(link).stage(2)
     assert link.is_symlink()
-    assert parse_keys(path.read_bytes(), "x").keys() == {1, 2}
+    assert parse_entries(path.read_bytes(), "x").keys() == {1, 2}
 
 
 async def test_nothing_is_added_to_a_wrong_file(path: Path) -> None:
     """A file that holds another key under a needed version is refused and left as it is."""
     made = stager(path)
-    path.write_bytes(render_keys({1: OTHER}))
+    path.write_bytes(render_entries({1: OTHER}))
     with pytest.raises(KekFileInvalid, match="another key"):
         await made.stage(2)
-    assert parse_keys(path.read_bytes(), "x") == {1: OTHER}
+    assert parse_entries(path.read_bytes(), "x") == {1: OTHER}
 
 
 @pytest.mark.parametrize("content", [b"", b"versions:\n  1: 00", b"- x"])
@@ -130,7 +131,7 @@ def test_a_file_that_cannot_be_written_is_refused(path: Path, monkeypatch: pytes
     monkeypatch.setattr("progressdb_kms.kek.staging.replace_file", fail)
     with pytest.raises(RotationRefused, match=r"Read-only.*kubernetes.*external"):
         add_version(path, 2)
-    assert parse_keys(path.read_bytes(), "x") == {1: KEY}
+    assert parse_entries(path.read_bytes(), "x") == {1: KEY}
 
 
 async def test_external_never_writes(path: Path) -> None:
@@ -138,10 +139,10 @@ async def test_external_never_writes(path: Path) -> None:
     source = FileKekSource(path)
     with pytest.raises(RotationRefused, match=r"version 2 is not in .*external"):
         await ExternalKekStager(source, required, escrow(source), 0).stage(2)
-    assert parse_keys(path.read_bytes(), "x") == {1: KEY}
+    assert parse_entries(path.read_bytes(), "x") == {1: KEY}
     waiting = asyncio.create_task(ExternalKekStager(source, required, escrow(source), 60).stage(2))
     await asyncio.sleep(0)
-    path.write_bytes(render_keys({1: KEY, 2: OTHER}))
+    path.write_bytes(render_entries({1: KEY, 2: OTHER}))
     await waiting
     assert source.versions() == {1, 2}
     assert await ExternalKekStager(source, required, escrow(source), 60).escrow(2) == 0

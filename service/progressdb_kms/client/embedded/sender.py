@@ -19,7 +19,7 @@ from progressdb_kms.client.protocol import THREADS, Call, binary
 from progressdb_kms.domain.envelope import NONCE_BYTES, parse_blob, wrap_aad
 from progressdb_kms.domain.errors import KmsError
 from progressdb_kms.domain.identity import Identity, IdentityKind
-from progressdb_kms.domain.keyring import KEK_BYTES, Keyring
+from progressdb_kms.domain.keyring import KEK_BYTES, KekInfo, Keyring
 from progressdb_kms.domain.policy import parse_policy
 from progressdb_kms.ports import AuditEvent
 from progressdb_kms.store.memory import MemoryStore
@@ -63,14 +63,16 @@ class MemoryKek:
         key: 32 bytes.
     """
 
-    name = "memory"
-
     def __init__(self, key: bytes) -> None:
         self._keyring = Keyring({1: key})
 
     def versions(self) -> frozenset[int]:
         """Return the one version."""
         return self._keyring.versions
+
+    def kind(self, version: int) -> str:  # noqa: ARG002 - the port's signature
+        """Return ``memory``."""
+        return "memory"
 
     def source_key(self, version: int) -> str:
         """Return the version's name: its number."""
@@ -94,13 +96,13 @@ class MemoryKek:
         """Return the raw DEKs; WrappedKeyInvalid in the place of one that does not unwrap."""
         return self._keyring.unwrap_all(version, bodies, aads)
 
-    async def seal(self, version: int, label: bytes, digest: bytes) -> bytes:
+    async def seal(self, kek: KekInfo, label: bytes, digest: bytes) -> bytes:
         """Return ``Keyring.seal`` of a version.
 
         Raises:
             KekUnavailable: Not loaded.
         """
-        return self._keyring.seal(version, label, digest)
+        return self._keyring.seal(kek.version, label, digest)
 
 
 class _Silent:

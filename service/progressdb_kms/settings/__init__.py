@@ -10,22 +10,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Meta
 
 from progressdb_kms.domain.errors import SettingsInvalid
+from progressdb_kms.settings.kek import Kek, check_kek
+from progressdb_kms.settings.section import Count, Port, Seconds, SecondsOrZero, Section
 from progressdb_kms.yamlfile import read_yaml, typed
 
-Port = Annotated[int, Meta(ge=0, le=65535)]
-Seconds = Annotated[float, Meta(gt=0, le=86400)]
-SecondsOrZero = Annotated[float, Meta(ge=0, le=86400)]
-Count = Annotated[int, Meta(ge=1, le=10_000_000)]
 
-
-class _Section(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A part of the configuration."""
-
-
-class UnixListen(_Section, frozen=True, kw_only=True):
+class UnixListen(Section, frozen=True, kw_only=True):
     """A Unix socket beside the TCP port. A peer is let in by SO_PEERCRED, its identity is ``uid:<n>``.
 
     Attributes:
@@ -43,7 +36,7 @@ class UnixListen(_Section, frozen=True, kw_only=True):
     allow_gids: tuple[int, ...] = ()
 
 
-class Listen(_Section, frozen=True, kw_only=True):
+class Listen(Section, frozen=True, kw_only=True):
     """Where the API is served. ``host: null`` serves the Unix socket only."""
 
     host: str | None = "0.0.0.0"  # noqa: S104 - a pod's address is not known before it runs; callers need a certificate
@@ -51,14 +44,14 @@ class Listen(_Section, frozen=True, kw_only=True):
     unix: UnixListen | None = None
 
 
-class Admin(_Section, frozen=True, kw_only=True):
+class Admin(Section, frozen=True, kw_only=True):
     """Plain HTTP for probes and metrics only: ``/livez``, ``/readyz``, ``/metrics``."""
 
     host: str = "0.0.0.0"  # noqa: S104 - the kubelet and Prometheus call from outside the pod; nothing secret is served
     port: Port = 9090
 
 
-class Tls(_Section, frozen=True, kw_only=True):
+class Tls(Section, frozen=True, kw_only=True):
     """PEM files of the server's certificate (chain), its key, and the CAs of the clients' certificates."""
 
     cert: Path
@@ -68,21 +61,7 @@ class Tls(_Section, frozen=True, kw_only=True):
     require_current_crl: bool = False
 
 
-class Kek(_Section, frozen=True, kw_only=True):
-    """Where key-encryption keys come from.
-
-    Attributes:
-        path: The KEK file.
-        management: Who a rotation gives a new version to: the file itself, or the Kubernetes Secret (named in
-            ``rotation.kubernetes``) that it is mounted from.
-    """
-
-    source: Literal["file"] = "file"
-    path: Path
-    management: Literal["file", "kubernetes"] = "file"
-
-
-class StoreTls(_Section, frozen=True, kw_only=True):
+class StoreTls(Section, frozen=True, kw_only=True):
     """TLS towards the store: CA bundle, and client certificate with key where the store asks for one."""
 
     ca: Path
@@ -90,7 +69,7 @@ class StoreTls(_Section, frozen=True, kw_only=True):
     key: Path | None = None
 
 
-class Store(_Section, frozen=True, kw_only=True):
+class Store(Section, frozen=True, kw_only=True):
     """The Redis or Valkey that holds the keys.
 
     Attributes:
@@ -120,7 +99,7 @@ class Store(_Section, frozen=True, kw_only=True):
         return f"Store(url={redact_url(self.url)!r}, durability={self.durability!r})"
 
 
-class Limits(_Section, frozen=True, kw_only=True):
+class Limits(Section, frozen=True, kw_only=True):
     """Bounds on what a caller can make the service do.
 
     Attributes:
@@ -157,7 +136,7 @@ class Limits(_Section, frozen=True, kw_only=True):
     batch_items: Annotated[int, Meta(ge=1, le=100_000)] = 10_000
 
 
-class Cache(_Section, frozen=True, kw_only=True):
+class Cache(Section, frozen=True, kw_only=True):
     """Unwrapped keys in memory.
 
     Attributes:
@@ -171,20 +150,20 @@ class Cache(_Section, frozen=True, kw_only=True):
     max_stale: SecondsOrZero = 30
 
 
-class Drain(_Section, frozen=True, kw_only=True):
+class Drain(Section, frozen=True, kw_only=True):
     """SIGTERM: unready at once, on for ``delay`` until the cluster has noticed, gone by ``timeout``."""
 
     delay: SecondsOrZero = 5
     timeout: Seconds = 20
 
 
-class Destruction(_Section, frozen=True, kw_only=True):
+class Destruction(Section, frozen=True, kw_only=True):
     """Waiting period of a destruction in days; the default where the caller names none."""
 
     waiting_days: Annotated[int, Meta(ge=7, le=30)] = 30
 
 
-class KubernetesSecret(_Section, frozen=True, kw_only=True):
+class KubernetesSecret(Section, frozen=True, kw_only=True):
     """The one Secret, and the key in it, that the KEK file is mounted from."""
 
     namespace: Annotated[str, Meta(pattern="^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")]
@@ -192,7 +171,7 @@ class KubernetesSecret(_Section, frozen=True, kw_only=True):
     key: Annotated[str, Meta(pattern="^[-._a-zA-Z0-9]{1,253}$")] = "kek.yaml"
 
 
-class Rotation(_Section, frozen=True, kw_only=True):
+class Rotation(Section, frozen=True, kw_only=True):
     """How the rotation job goes about its work; options of the command override it.
 
     Attributes:
@@ -212,13 +191,13 @@ class Rotation(_Section, frozen=True, kw_only=True):
     events: bool = False
 
 
-class Escrow(_Section, frozen=True, kw_only=True):
+class Escrow(Section, frozen=True, kw_only=True):
     """Recovery public keys (X25519, PEM) that each KEK version is sealed to."""
 
     recipients: Annotated[tuple[Path, ...], Meta(min_length=1)]
 
 
-class Audit(_Section, frozen=True, kw_only=True):
+class Audit(Section, frozen=True, kw_only=True):
     """What is written down of decisions on keys, and where.
 
     Attributes:
@@ -247,14 +226,14 @@ class Audit(_Section, frozen=True, kw_only=True):
     data_plane_interval: Seconds = 60
 
 
-class Log(_Section, frozen=True, kw_only=True):
+class Log(Section, frozen=True, kw_only=True):
     """Logs go to standard error, one JSON object a line, or coloured text for people."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["json", "text"] = "json"
 
 
-class Settings(_Section, frozen=True, kw_only=True):
+class Settings(Section, frozen=True, kw_only=True):
     """The whole configuration file.
 
     Attributes:
@@ -310,6 +289,7 @@ def parse_settings(document: Any, base: Path) -> Settings:  # noqa: ANN401 - wha
 
 
 def _check(settings: Settings) -> None:
+    check_kek(settings.kek)
     listen, store, limits = settings.listen, settings.store, settings.limits
     if limits.body_bytes < limits.plaintext_bytes * 4 // 3 + 1024:
         raise SettingsInvalid(
