@@ -30,7 +30,7 @@ RUN cd /opt/progressdb-kms/lib/python3*/site-packages \
     && /opt/progressdb-kms/bin/python -m compileall -q -b --invalidation-mode unchecked-hash "$PWD/kubernetes" \
     && find kubernetes -name '*.py' -delete \
     && if [ -d botocore/data ]; then find botocore/data -mindepth 1 -maxdepth 1 -type d \
-        ! -name s3 ! -name sts ! -name 'sso*' -exec rm -rf {} +; fi \
+        ! -name s3 ! -name kms ! -name sts ! -name 'sso*' -exec rm -rf {} +; fi \
     && /opt/progressdb-kms/bin/python -m compileall -q --invalidation-mode unchecked-hash "$PWD" \
     && rm -f /opt/progressdb-kms/bin/[Aa]ctivate* \
     && find /opt/progressdb-kms -exec touch --no-dereference --date=@${SOURCE_DATE_EPOCH} {} +

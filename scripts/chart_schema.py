@@ -85,6 +85,21 @@ SECRET: Final = text(rf"({NAME})?", maxLength=253)
 ISSUER: Final = closed(
     {"name": text(rf"({NAME})?"), "kind": text("[A-Za-z]+"), "group": text(NAME)}, ("name", "kind", "group")
 )
+_PATH: Final = text("/.+")
+_CALL: Final = {"timeout": {"type": "number", "exclusiveMinimum": 0, "maximum": 86400}}
+PKCS11: Final = closed({"module": _PATH, "token": text(".{1,32}"), "pin_file": _PATH, **_CALL})
+VAULT: Final = closed(
+    {
+        "address": text("https?://.+"),
+        "mount": text(),
+        "namespace": text(),
+        "ca": _PATH,
+        "token_file": _PATH,
+        "kubernetes": closed({"role": text(".+"), "mount": text(), "jwt_file": _PATH}, ("role",)),
+        **_CALL,
+    }
+)
+AWS: Final = closed({"endpoint": text("https?://.+"), **_CALL})
 MODES: Final = ("generated", "certManager", "existingSecret")
 PERMISSION_LIST: Final = listed(choice(*PERMISSIONS), 1)
 PIN_LIST: Final = listed(text("[0-9a-f]{64}"))
@@ -211,6 +226,9 @@ RULES: Final[dict[str, Schema]] = {
     "kek.secretName": SECRET,
     "kek.key": text(KEY),
     "kek.storeIdKey": text(rf"({KEY})?"),
+    "kek.pkcs11": PKCS11,
+    "kek.vault": VAULT,
+    "kek.aws": AWS,
     "escrow.recipients": listed(text(PEM)),
     "audit.secretName": SECRET,
     "audit.key": text(KEY),

@@ -36,7 +36,7 @@ def test_every_setting_is_documented():
         for row in (DOCS / "configuration.md").read_text().splitlines()
         if re.match(rf"\| `({sections})\b", row)
     ]
-    documented = {name for row in rows for name in re.findall(r"`([a-z_.]+)`", row)}
+    documented = {name for row in rows for name in re.findall(r"`([a-z0-9_.]+)`", row)}
     assert documented == set(_setting_names(Settings))
 
 

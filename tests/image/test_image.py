@@ -120,8 +120,9 @@ def test_commands_run(files: Path, config: dict[str, object]) -> None:
     done = run(files, config, "provision", "--config", "/nowhere")
     assert "can't read the provisioning file /nowhere" in done.stderr
     for code in (
+        "import progressdb_kms.kek.aws, progressdb_kms.kek.pkcs11, progressdb_kms.kek.vault",
         "import progressdb_kms.provision.run, progressdb_kms.rotation.kubernetes_events",
-        "import boto3; [boto3.client(name, region_name='eu-west-1') for name in ('s3', 'sts')]",
+        "import boto3; [boto3.client(name, region_name='eu-west-1') for name in ('s3', 'kms', 'sts')]",
     ):
         done = subprocess.run(
             enter(files, config, "python", "-c", code), capture_output=True, text=True, check=False

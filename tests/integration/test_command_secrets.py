@@ -22,10 +22,12 @@ from progressdb_kms.domain.errors import OperatorError, by_code
 from tests.contract.wire_client import unb64
 from tests.integration.leaks import leaks
 from tests.integration.world import KEK_1, KEK_2, Instance, World, kek_text, write_private
+from tests.keepers.transit import Transit, serving_transit
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 MESSAGE = b"the message that nobody may see: tangerine"
+TOKEN = "the-token-of-the-transit-engine"
 PASSWORD = "the-password-that-nobody-may-see"
 NOT_RUN = {
     "dev": "it is serve, with files that it makes",
@@ -57,13 +59,15 @@ class Desk:
     """Runs commands and keeps all that they print.
 
     Attributes:
+        transit: Where a KEK may be kept.
         printed: By command line.
         done: Names of the commands that succeeded.
         codes: Codes that commands have named.
     """
 
-    def __init__(self, service: Instance) -> None:
+    def __init__(self, service: Instance, transit: Transit) -> None:
         self.service = service
+        self.transit = transit
         self.printed: dict[str, bytes] = {}
         self.done: set[str] = set()
         self.codes: set[str] = set()
@@ -104,17 +108,27 @@ class Desk:
 
 
 @pytest.fixture(scope="module")
-def desk(new_world: Callable[..., World], tmp_path_factory: pytest.TempPathFactory) -> Desk:
+def desk(new_world: Callable[..., World], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
     """A service with an audit key and recovery keys, and a desk beside it."""
     world = new_world()
     world.store.start()
     keys = tmp_path_factory.mktemp("keys")
+    with serving_transit() as transit:
+        write_private(keys / "token", TOKEN)
+        transit.tokens = {TOKEN}
+        yield open_desk(world, keys, transit)
+
+
+def open_desk(world: World, keys: Path, transit: Transit) -> Desk:
+    """Start the service and make the keys that it needs."""
     made = Desk(
         world.instance(
             "a",
             audit={"key_file": str(keys / "audit" / "audit.yaml")},
             escrow={"recipients": [str(keys / "recovery" / "recovery.pub")]},
-        )
+            kek={"vault": {"address": transit.address, "token_file": str(keys / "token")}},
+        ),
+        transit,
     )
     made.run("audit", "keygen", "--out", keys / "audit")
     made.run("kek", "escrow", "keygen", "--out", keys / "recovery")
@@ -171,6 +185,7 @@ def succeed(desk: Desk, folder: Path) -> dict[str, bytes]:
         "DEK": unwrap(AESGCM(bytes.fromhex(KEK_1)), body, wrap_aad(key_id, "t:1")),
         "wrapped DEK": blob,
         "message": MESSAGE,
+        "token": TOKEN.encode(),
         "audit key": bytes.fromhex((keys / "audit" / "audit.yaml").read_text().split()[1]),
         "recovery key": recovery.read_bytes().splitlines()[1],
     }
@@ -209,6 +224,12 @@ def fail(desk: Desk, folder: Path) -> dict[str, bytes]:
     finally:
         desk.service.resume()
     desk.service.stop()
+    desk.transit.add_key("kms")
+    desk.run("kek", "add", *desk.config, "vault:kms@1")
+    desk.run("kek", "add", *desk.config, KEK_2, code=1)
+    desk.run("kek", "add", *desk.config, f"pkcs11:{KEK_2}", code=1)
+    desk.transit.tokens = set()
+    desk.run("kek", "add", *desk.config, "vault:other@1", code=1)
     desk.run("serve", "--config", desk.config_with("swapped", kek={"path": str(swapped)}), code=1)
     desk.service.world.store.ask("DEL", "kms:{ctl}:keks")
     desk.run("rotate", *desk.config, code=1)

@@ -181,7 +181,7 @@ def test_a_rotation_waits_for_the_engine(world: World, transit: Transit) -> None
 
 
 def test_a_key_that_will_not_do_is_not_added(world: World, transit: Transit) -> None:
-    """One that is not there, that no place is configured for, that can't be made here, that is there already."""
+    """Not there, of no place that is configured, not to be made here, or there already."""
     one = world.instances[0]
     key = engine_key(transit)
     before = world.kek_file.read_text()

@@ -86,6 +86,7 @@ def test_the_search_finds_a_secret_in_each_form() -> None:
 NOT_PROVOKED = {
     "overloaded": "no part of the service raises it: what is too much is refused before it is a request",
     "certificate_expired": "the connection is cut at that moment; it is for whoever is quicker than that",
+    "kek_unreachable": "needs a KEK that is kept elsewhere; tests/integration/test_kept_keys.py",
     "not_ready": "a service that has never read the registry does not listen yet",
 }
 """Codes that no request meets here, and why."""

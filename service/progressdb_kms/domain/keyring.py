@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 KEK_BYTES: Final = 32
 KEPT_ELSEWHERE: Final = frozenset({"pkcs11", "vault", "aws"})
-"""Kinds of sources that never show a key: their check values tell nothing of one that is not the right one."""
+"""Kinds of sources that never show a key: nothing is said of one there that is not the right one."""
 _CHECK_LABEL: Final = b"progressdb-kms/kek-check/v1"
 _SEAL_LABEL: Final = b"progressdb-kms/kek-seal/v1"
 

@@ -14,7 +14,14 @@ tls:
   require_current_crl: {{ .Values.tls.clientCrl.requireCurrent }}
   {{- end }}
 policy: {{ $dir }}/policy.yaml
-kek: {path: {{ $dir }}/kek/kek.yaml, management: kubernetes}
+kek:
+  path: {{ $dir }}/kek/kek.yaml
+  management: kubernetes
+  {{- range $name := list "pkcs11" "vault" "aws" }}
+  {{- with index $.Values.kek $name }}
+  {{ $name }}: {{ toJson . }}
+  {{- end }}
+  {{- end }}
 store:
   {{- if .Values.redis.enabled }}
   url: rediss://{{ $r }}-redis.{{ .Release.Namespace }}.svc:6379/0
