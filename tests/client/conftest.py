@@ -68,13 +68,22 @@ def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(params=[False, True], ids=["single", "coalescing"])
+def coalesce(request: pytest.FixtureRequest) -> bool:
+    """Calls that travel alone, and together."""
+    return bool(request.param)
+
+
 @pytest.fixture
-async def open_kms(kind: str, standin: StandIn, files: TlsFiles, clock: Clock) -> AsyncIterator[Open]:
+async def open_kms(
+    kind: str, coalesce: bool, standin: StandIn, files: TlsFiles, clock: Clock
+) -> AsyncIterator[Open]:
     """Give what opens providers for the stand-in, all closed at the end."""
     opened: list[Facade] = []
 
     def make(endpoint: Endpoint | None = None, **options: Any) -> Facade:
-        opened.append(build(kind, endpoint or Endpoint(standin.url, tls=files), clock, **options))
+        at = endpoint or Endpoint(standin.url, tls=files)
+        opened.append(build(kind, at, clock, **{"coalesce": coalesce, **options}))
         return opened[-1]
 
     yield make

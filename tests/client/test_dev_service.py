@@ -45,7 +45,7 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
 
 
 class TestRealService(ProviderSuite):
-    """Over both transports, in both encodings, with both kinds of provider."""
+    """Over both transports, in both encodings, with both kinds of provider, coalescing or not."""
 
     @pytest.fixture(params=["json", "msgpack"])
     def encoding(self, request: pytest.FixtureRequest) -> Encoding:
@@ -55,10 +55,15 @@ class TestRealService(ProviderSuite):
 
     @pytest.fixture(params=TRANSPORTS)
     async def kms(
-        self, request: pytest.FixtureRequest, ready: dict[str, Any], kind: str, encoding: Encoding
+        self,
+        request: pytest.FixtureRequest,
+        ready: dict[str, Any],
+        kind: str,
+        coalesce: bool,
+        encoding: Encoding,
     ) -> AsyncIterator[Facade]:
         """A remote provider."""
-        async with connect(ready, kind, request.param, encoding=encoding) as kms:
+        async with connect(ready, kind, request.param, encoding=encoding, coalesce=coalesce) as kms:
             yield kms
 
 

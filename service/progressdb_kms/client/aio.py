@@ -65,13 +65,18 @@ class AsyncHttpSender:
 
     async def send(self, call: Call[T], options: Options) -> T:
         """Make a call and return its answer; see ``exchange`` for what is raised."""
-        return await adrive(exchange(call, options, self._rules), self._perform)
+        return await adrive(exchange(call, options, self._rules), self.perform)
 
     async def close(self) -> None:
         """Take no more calls; those under way finish."""
         await self._close(self._pools.close())
 
-    async def _perform(self, step: Attempt | Pause) -> Reply | None:
+    async def perform(self, step: Attempt | Pause) -> Reply | None:
+        """Carry out one step of a call.
+
+        Raises:
+            KmsError: What the attempt ended in.
+        """
         if isinstance(step, Pause):
             await self._sleep(step.seconds)
             return None
