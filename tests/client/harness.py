@@ -79,7 +79,7 @@ def build(
     max_connections: int = 4,
     connect_timeout: float = 5.0,
     encoding: Encoding = "json",
-    coalesce: bool = True,
+    coalesce: bool = False,
 ) -> Facade:
     """Return a provider that waits by `clock`, with jitter at its greatest."""
     rules = Rules(deadline, RetryPolicy(retries), encoding, now=clock, random=lambda: 1.0)
