@@ -6,8 +6,8 @@ There is no thread of its own: the thread of one of the calls sends for the othe
 from __future__ import annotations
 
 import os
-import threading
 import time
+from threading import Event, Lock
 from typing import Any, TypeVar
 
 from progressdb_kms.client.blocking import Reservation, SyncHttpSender
@@ -44,7 +44,7 @@ class _Waiter:
     def __init__(self, part: Part[Any], expires: float) -> None:
         self.part = part
         self.expires = expires
-        self.woken = threading.Event()
+        self.woken = Event()
         self.outcome: Outcome[Any] | None = None
         self.lead: _Batch | None = None
 
@@ -66,7 +66,7 @@ class _Lane:
         self._sender = sender
         self._rules = rules
         self._limits = limits
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._gathered: list[_Waiter] = []
         self._out = 0
         self._closed = False
