@@ -10,10 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+from progressdb_kms.client import Encrypted
 from progressdb_kms.client.coalescing import KINDS, OUT_AT_ONCE
 from tests.client.harness import Facade
 from tests.client.standin import Handler, StandIn
 
+CREATE = "/create_dek_for_thread"
 LIMIT = 30.0
 """Seconds that only a failure uses up."""
 
@@ -38,8 +40,10 @@ class Gate:
         """Hold a request."""
         with self._lock:
             self.held += 1
-        self._open.wait(LIMIT)
-        return not handler.standin.stopping.is_set()
+        while not handler.standin.stopping.is_set():
+            if self._open.wait(0.05):
+                return True
+        return False
 
     def open(self) -> None:
         """Let go what is held, and hold nothing more."""
@@ -115,3 +119,21 @@ async def results(calls: list[Any]) -> list[Any]:
     """Return results and errors."""
     everything: Awaitable[list[Any]] = asyncio.gather(*calls, return_exceptions=True)
     return await asyncio.wait_for(everything, LIMIT)
+
+
+def encrypts(key_id: str, count: int) -> list[tuple[Any, ...]]:
+    """Return calls that encrypt different texts."""
+    return [("encrypt_with_dek", key_id, b"m%d" % number, b"aad") for number in range(count)]
+
+
+def opened(standin: StandIn, key_id: str, sealed: list[Any]) -> list[Any]:
+    """Return what ciphertexts hold, errors as they are."""
+    return [
+        standin.decrypt(key_id, item.ciphertext, b"aad")["plaintext"] if isinstance(item, Encrypted) else item
+        for item in sealed
+    ]
+
+
+def paths(standin: StandIn) -> list[str]:
+    """Return the paths of the requests that came."""
+    return [request.path for request in standin.seen]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import signal
 import threading
 import warnings
 from collections.abc import AsyncIterator
@@ -106,7 +108,12 @@ async def test_a_forked_child_starts_afresh(crew: Crew, standin: StandIn) -> Non
         ended.extend([os.waitstatus_to_exitcode(status)] if pid else [])
         return bool(ended)
 
-    await eventually(reap)
+    try:
+        await eventually(reap)
+    finally:
+        if not ended:
+            os.kill(child, signal.SIGKILL)
+            await asyncio.to_thread(os.waitpid, child, 0)
     assert ended == [0]
     gate.open()
     assert {type(result) for result in await results(held + began)} == {Encrypted}

@@ -52,7 +52,7 @@ class AsyncHttpSender:
         max_connections: int,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        self._endpoint = endpoint
+        self.endpoint = endpoint
         self._rules = rules
         self._connect_timeout = connect_timeout
         self._sleep = sleep
@@ -95,7 +95,7 @@ class AsyncHttpSender:
                 asyncio.timeout(step.timeout),
                 pool.stream(
                     request.method,
-                    self._endpoint.url + request.target,
+                    self.endpoint.url + request.target,
                     headers=request.headers,
                     content=request.body or None,
                     extensions=timeouts(self._connect_timeout, step.timeout),
@@ -107,9 +107,9 @@ class AsyncHttpSender:
                     check_size(len(body))
                 return reply(response.status, response.headers, bytes(body))
         except TimeoutError:
-            raise DeadlineExceeded(f"{self._endpoint} did not answer in time") from None
+            raise DeadlineExceeded(f"{self.endpoint} did not answer in time") from None
         except DRIVER_ERRORS as error:
-            raise translate(error, self._endpoint) from error
+            raise translate(error, self.endpoint) from error
 
     @staticmethod
     async def _close(pools: list[httpcore.AsyncConnectionPool]) -> None:

@@ -44,9 +44,9 @@ class _Waiter:
         self.outcome = outcome
         self.batch: _Batch | None = None
 
-    def expire(self) -> None:
+    def expire(self, where: object) -> None:
         if not self.outcome.done():
-            self.outcome.set_result(late())
+            self.outcome.set_result(late(where))
 
 
 class _Batch:
@@ -84,7 +84,7 @@ class _Lane:
     async def join(self, step: Join) -> Outcome[Any]:
         """Return the outcome of a call, at its deadline at the latest."""
         waiter = _Waiter(step.part, self.loop.time(), step.timeout, self.loop.create_future())
-        timer = self.loop.call_at(waiter.expires, waiter.expire)
+        timer = self.loop.call_at(waiter.expires, waiter.expire, self._sender.endpoint)
         self._gathered.append(waiter)
         if len(self._out) >= OUT_AT_ONCE:
             self._watch()
@@ -189,7 +189,7 @@ class CoalescingSender:
         part = part_of(call, options, self._rules.encoding)
         if part is None or not self._limits.batches(part.kind):
             return await self._sender.send(call, options)
-        return await adrive(coalesced(part, options, self._rules), self._perform)
+        return await adrive(coalesced(part, options, self._rules, self._sender.endpoint), self._perform)
 
     async def close(self) -> None:
         """Take no more calls; those under way finish, also those that have only gathered."""

@@ -126,7 +126,7 @@ class SyncHttpSender:
         max_connections: int,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._endpoint = endpoint
+        self.endpoint = endpoint
         self._rules = rules
         self._connect_timeout = connect_timeout
         self._sleep = sleep
@@ -197,7 +197,7 @@ class SyncHttpSender:
                 pool.connection(step.timeout) as connection,
                 connection.stream(
                     request.method,
-                    self._endpoint.url + request.target,
+                    self.endpoint.url + request.target,
                     headers=request.headers,
                     content=request.body or None,
                     extensions=timeouts(self._connect_timeout, step.timeout),
@@ -209,7 +209,7 @@ class SyncHttpSender:
                     check_size(len(body))
                 return reply(response.status, response.headers, bytes(body))
         except DRIVER_ERRORS as error:
-            raise translate(error, self._endpoint) from error
+            raise translate(error, self.endpoint) from error
         finally:
             self._expiry.at = float("inf")
 

@@ -87,7 +87,7 @@ class _Lane:
                     if time.monotonic() < waiter.expires:
                         self._relieve(waiter)
                     elif self._gives_up(waiter):
-                        return late()
+                        return late(self._sender.endpoint)
                 if waiter.outcome is not None:
                     return waiter.outcome
         except BaseException:
@@ -208,7 +208,7 @@ class SyncCoalescingSender:
         part = part_of(call, options, self._rules.encoding)
         if part is None or not self._limits.batches(part.kind):
             return self._sender.send(call, options)
-        return drive(coalesced(part, options, self._rules), self._perform)
+        return drive(coalesced(part, options, self._rules, self._sender.endpoint), self._perform)
 
     def close(self) -> None:
         """Take no more calls; those under way in other threads finish, also if they have only gathered."""

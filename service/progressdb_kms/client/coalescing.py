@@ -186,20 +186,29 @@ def part_of(call: Call[T], options: Options, encoding: Encoding) -> Part[T] | No
     return Part(kind, call, encoded)
 
 
-def coalesced(part: Part[T], options: Options, rules: Rules) -> Generator[Join | Attempt | Pause, Any, T]:
+def coalesced(
+    part: Part[T], options: Options, rules: Rules, where: object
+) -> Generator[Join | Attempt | Pause, Any, T]:
     """Do what ``exchange`` does for the part's call, but let its tries join others.
 
     Yields steps; a ``Join`` is sent its ``Outcome``.
 
+    Args:
+        part: The call.
+        options: Of the call.
+        rules: Of the provider.
+        where: Name of the service, for an error.
+
     Raises:
         KmsError: As ``exchange``.
     """
-    return retrying(_Tries(part, options, rules).once, options, rules)
+    return retrying(_Tries(part, options, rules, where).once, options, rules)
 
 
 class _Tries(Generic[T]):
-    def __init__(self, part: Part[T], options: Options, rules: Rules) -> None:
+    def __init__(self, part: Part[T], options: Options, rules: Rules, where: object) -> None:
         self._part = part
+        self._where = where
         self._options = options
         self._rules = rules
         self._joins = JOINT_TRIES
@@ -218,14 +227,14 @@ class _Tries(Generic[T]):
                 return outcome
             remaining = expires - self._rules.now()
             if remaining <= 0:
-                return late()
+                return late(self._where)
         request = encode(self._part.call, self._rules.encoding, self._options.headers)
         return (yield from attempt(self._part.call, request, remaining))
 
 
-def late() -> Failure:
-    """Return the outcome of a call whose time was over while it waited for its batch."""
-    return Failure(DeadlineExceeded("the service did not answer in time"))
+def late(where: object) -> Failure:
+    """Return the outcome of a call whose time was over while it waited for its batch, to ``where``."""
+    return Failure(DeadlineExceeded(f"{where} did not answer in time"))
 
 
 def batch(
