@@ -214,3 +214,23 @@ async def test_a_service_that_takes_fewer_bytes(crew: Crew, standin: StandIn, ke
     standin.always = bounded
     found = await crew.together(encrypts(key_id, 16))
     assert opened(standin, key_id, found) == [b"m%d" % number for number in range(16)]
+
+
+async def test_a_service_that_takes_single_items(crew: Crew, standin: StandIn, key_id: str) -> None:
+    """It is sent no batches any more, and calls don't wait for one another."""
+    standin.max_items = 1
+    found = await crew.together(encrypts(key_id, 16))
+    assert opened(standin, key_id, found) == [b"m%d" % number for number in range(16)]
+    standin.seen.clear()
+    found = await results([crew.start(*call) for call in encrypts(key_id, 8)])
+    assert opened(standin, key_id, found) == [b"m%d" % number for number in range(8)]
+    assert paths(standin) == ["/encrypt"] * 8
+
+
+async def test_a_lone_call_keeps_its_request_id(crew: Crew, standin: StandIn, key_id: str) -> None:
+    """Over all its tries, whether these may join others or not."""
+    standin.seen.clear()
+    standin.faults.extend([drop, refuse(503, "overloaded")])
+    await crew.kms.encrypt_with_dek(key_id, b"m")
+    assert paths(standin) == ["/encrypt"] * 3
+    assert len({request.headers["x-request-id"] for request in standin.seen}) == 1

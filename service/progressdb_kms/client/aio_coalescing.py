@@ -71,9 +71,8 @@ class _Batch:
 class _Lane:
     """The calls of one kind. All in one event loop, so that what does not await is not interrupted."""
 
-    def __init__(self, sender: AsyncHttpSender, rules: Rules, limits: Limits) -> None:
+    def __init__(self, sender: AsyncHttpSender, limits: Limits) -> None:
         self._sender = sender
-        self._rules = rules
         self._limits = limits
         self.loop = asyncio.get_running_loop()
         self._gathered: deque[_Waiter] = deque()
@@ -150,7 +149,7 @@ class _Lane:
 
     async def _carry(self, sent: _Batch) -> None:
         timeout = max(waiter.expires for waiter in sent.waiters) - self.loop.time()
-        steps = batch([waiter.part for waiter in sent.waiters], timeout, self._rules, self._limits)
+        steps = batch([waiter.part for waiter in sent.waiters], timeout, self._limits)
         outcomes = await adrive(steps, self._sender.perform)
         for waiter, outcome in zip(sent.waiters, outcomes, strict=True):
             if not waiter.outcome.done():
@@ -210,5 +209,5 @@ class CoalescingSender:
     def _lane(self, kind: Kind) -> _Lane:
         lane = self._lanes.get(kind)
         if lane is None or lane.loop is not asyncio.get_running_loop():
-            lane = self._lanes[kind] = _Lane(self._sender, self._rules, self._limits)
+            lane = self._lanes[kind] = _Lane(self._sender, self._limits)
         return lane

@@ -62,9 +62,8 @@ class _Batch:
 class _Lane:
     """The calls of one kind."""
 
-    def __init__(self, sender: SyncHttpSender, rules: Rules, limits: Limits) -> None:
+    def __init__(self, sender: SyncHttpSender, limits: Limits) -> None:
         self._sender = sender
-        self._rules = rules
         self._limits = limits
         self._lock = Lock()
         self._gathered: list[_Waiter] = []
@@ -145,7 +144,7 @@ class _Lane:
             return [Failure(fresh(place)) for _ in sent.waiters]
         parts = [waiter.part for waiter in sent.waiters]
         timeout = max(0.0, expires - time.monotonic())
-        steps = batch(parts, timeout, self._rules, self._limits)
+        steps = batch(parts, timeout, self._limits)
         return drive(steps, lambda attempt: self._sender.attempt(place, attempt))
 
     def _finish(self, leader: _Waiter, sent: _Batch, outcomes: list[Outcome[Any]]) -> None:
@@ -218,7 +217,7 @@ class SyncCoalescingSender:
 
     def _start(self) -> None:
         self._pid = os.getpid()
-        self._lanes = {kind: _Lane(self._sender, self._rules, self._limits) for kind in KINDS.values()}
+        self._lanes = {kind: _Lane(self._sender, self._limits) for kind in KINDS.values()}
 
     def _perform(self, step: Join | Attempt | Pause) -> object:
         if not isinstance(step, Join):

@@ -19,7 +19,7 @@ import msgspec
 from progressdb_kms.client.errors import ConnectionFailed, TlsFailed
 from progressdb_kms.client.exchange import Attempt, Options, Pause, Rules, attempt, retrying
 from progressdb_kms.client.plans import CreateResults, DecryptResults, EncryptResults, Plaintext
-from progressdb_kms.client.protocol import Call, Encoding, Reply, encode, item_error, read
+from progressdb_kms.client.protocol import Call, Encoding, Reply, Request, encode, item_error, read
 from progressdb_kms.client.retry import Failure
 from progressdb_kms.client.types import CreatedDek, Encrypted
 from progressdb_kms.domain.errors import (
@@ -42,6 +42,8 @@ MAX_ITEMS: Final = 512
 MAX_BYTES: Final = 2**20
 """Far below the service's usual limits (10,000 items, 16 MiB): a larger batch gains nothing any more, and
 each of its calls waits for all of it."""
+LEAST_BYTES: Final = 2**10
+"""A service that takes less in a batch is sent none."""
 ALONE_BYTES: Final = 2**16
 """A call with a larger message goes alone: small ones would wait for its way over the wire."""
 OUT_AT_ONCE: Final = 2
@@ -102,19 +104,28 @@ KINDS: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Part(Generic[T]):
     """A call as an item of a batch.
 
     Attributes:
         kind: Which batches it can be part of.
         call: The call.
+        encoding: Of its body.
         body: The item, encoded: here and not with the batch, so that what can't be encoded fails alone.
     """
 
     kind: Kind
     call: Call[T]
+    encoding: Encoding
     body: bytes = field(repr=False)
+    _request: Request | None = None
+
+    def alone(self, timeout: float) -> Generator[Attempt, Reply, T | Failure]:
+        """Make one try of the call alone: the same request each time, as ``exchange`` does."""
+        if self._request is None:
+            self._request = encode(self.call, self.encoding, {})
+        return attempt(self.call, self._request, timeout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +152,9 @@ class Limits:
     _without: dict[str, float] = field(default_factory=dict)
 
     def batches(self, kind: Kind) -> bool:
-        """Say whether the service may have this kind's batch route."""
+        """Say whether the service may have this kind's batch route, and takes more than one item there."""
+        if self.items < 2 or self.size < LEAST_BYTES:  # noqa: PLR2004 - a batch of one is none
+            return False
         return self.now() >= self._without.get(kind.path, float("-inf"))
 
     def no_batches(self, kind: Kind) -> None:
@@ -183,7 +196,7 @@ def part_of(call: Call[T], options: Options, encoding: Encoding) -> Part[T] | No
     if sum(map(len, body.values())) > ALONE_BYTES:
         return None
     encoded = msgspec.msgpack.encode(body) if encoding == "msgpack" else msgspec.json.encode(body)
-    return Part(kind, call, encoded)
+    return Part(kind, call, encoding, encoded)
 
 
 def coalesced(
@@ -202,19 +215,18 @@ def coalesced(
     Raises:
         KmsError: As ``exchange``.
     """
-    return retrying(_Tries(part, options, rules, where).once, options, rules)
+    return retrying(_Tries(part, rules, where).once, options, rules)
 
 
 class _Tries(Generic[T]):
-    def __init__(self, part: Part[T], options: Options, rules: Rules, where: object) -> None:
+    def __init__(self, part: Part[T], rules: Rules, where: object) -> None:
         self._part = part
         self._where = where
-        self._options = options
-        self._rules = rules
+        self._now = rules.now
         self._joins = JOINT_TRIES
 
     def once(self, remaining: float) -> Generator[Join | Attempt, Any, T | Failure]:
-        expires = self._rules.now() + remaining
+        expires = self._now() + remaining
         while self._joins > 0:
             outcome: Outcome[T] = yield Join(self._part, remaining)
             if outcome is ALONE:
@@ -225,11 +237,10 @@ class _Tries(Generic[T]):
                 return outcome
             elif outcome is not REJOIN:
                 return outcome
-            remaining = expires - self._rules.now()
+            remaining = expires - self._now()
             if remaining <= 0:
                 return late(self._where)
-        request = encode(self._part.call, self._rules.encoding, self._options.headers)
-        return (yield from attempt(self._part.call, request, remaining))
+        return (yield from self._part.alone(remaining))
 
 
 def late(where: object) -> Failure:
@@ -238,25 +249,22 @@ def late(where: object) -> Failure:
 
 
 def batch(
-    parts: Sequence[Part[Any]], timeout: float, rules: Rules, limits: Limits
+    parts: Sequence[Part[Any]], timeout: float, limits: Limits
 ) -> Generator[Attempt, Reply, list[Outcome[Any]]]:
     """Make one try of calls of one kind, and return each one's outcome, in order.
 
     Args:
         parts: The calls, at least one.
         timeout: Seconds for the request.
-        rules: Of the provider.
         limits: Learn from a refusal.
     """
     first = parts[0]
     if len(parts) == 1:
-        # As without coalescing, to the byte.
-        request = encode(first.call, rules.encoding, {})
-        return [(yield from attempt(first.call, request, timeout))]
+        return [(yield from first.alone(timeout))]
     kind = first.kind
     items = [msgspec.Raw(part.body) for part in parts]
     call = Call("POST", kind.path, kind.answer, {"items": items})
-    request = encode(call, rules.encoding, {})
+    request = encode(call, first.encoding, {})
     try:
         reply = yield Attempt(request, timeout)
     except KmsError as error:
