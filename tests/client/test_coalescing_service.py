@@ -24,6 +24,7 @@ from progressdb_kms.client import (
     request_id_of,
 )
 from progressdb_kms.domain.errors import KmsError
+from tests.client.crew import eventually
 from tests.client.devservice import running
 from tests.client.harness import Facade
 from tests.client.provider_suite import UNKNOWN_KEY, connect, new_thread
@@ -120,9 +121,10 @@ def test_many_threads_share_a_provider(ready: dict[str, Any]) -> None:
     assert threading.active_count() == before
 
 
-async def storm(kms: Facade, key_id: str, kind: str, stop: threading.Event) -> list[tuple[bytes, Any]]:
-    """Encrypt in 32 tasks or threads until told to stop; return texts with results or errors."""
-    found: list[tuple[bytes, Any]] = []
+async def storm(
+    kms: Facade, key_id: str, kind: str, stop: threading.Event, found: list[tuple[bytes, Any]]
+) -> None:
+    """Encrypt in 32 tasks or threads until told to stop; note texts with results or errors."""
     provider = kms.provider
 
     async def task(number: int) -> None:
@@ -153,7 +155,6 @@ async def storm(kms: Facade, key_id: str, kind: str, stop: threading.Event) -> l
         loop = asyncio.get_running_loop()
         with ThreadPoolExecutor(32) as threads:
             await asyncio.gather(*[loop.run_in_executor(threads, thread, number) for number in range(32)])
-    return found
 
 
 @pytest.mark.slow
@@ -164,14 +165,15 @@ async def test_the_service_is_killed_under_batches(tmp_path: Path, kind: str) ->
     with running(tmp_path) as ready:
         kms = connect(ready, kind, "tls")
         dek = await kms.create_dek_for_thread(new_thread())
-        calls = asyncio.create_task(storm(kms, dek.key_id, kind, stop))
-        await asyncio.sleep(0.5)
+        found: list[tuple[bytes, Any]] = []
+        calls = asyncio.create_task(storm(kms, dek.key_id, kind, stop, found))
+        await eventually(lambda: len(found) > 200)
         for pid in (ready["pid"], ready["store_pid"]):
             os.kill(pid, signal.SIGKILL)
         await asyncio.to_thread(ready["process"].wait)
-        await asyncio.sleep(0.5)
+        await eventually(lambda: sum(isinstance(result, KmsError) for _, result in found) >= 32)
         stop.set()
-        found = await asyncio.wait_for(calls, 60)
+        await asyncio.wait_for(calls, 60)
     failed = [error for _, error in found if isinstance(error, KmsError)]
     sealed = [(text, result) for text, result in found if isinstance(result, Encrypted)]
     assert sealed
