@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from progressdb_kms.client import CreatedDek, aio_coalescing, blocking_coalescing
 from progressdb_kms.client.endpoint import Endpoint, TlsFiles
+from tests.client.crew import Crew
 from tests.client.harness import KINDS, Clock, Facade, Open, build
 from tests.client.pki import Authority, Pair
 from tests.client.standin import Running, StandIn, server_context
@@ -68,13 +70,22 @@ def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(params=[False, True], ids=["single", "coalescing"])
+def coalesce(request: pytest.FixtureRequest) -> bool:
+    """Calls that travel alone, and together."""
+    return bool(request.param)
+
+
 @pytest.fixture
-async def open_kms(kind: str, standin: StandIn, files: TlsFiles, clock: Clock) -> AsyncIterator[Open]:
+async def open_kms(
+    kind: str, coalesce: bool, standin: StandIn, files: TlsFiles, clock: Clock
+) -> AsyncIterator[Open]:
     """Give what opens providers for the stand-in, all closed at the end."""
     opened: list[Facade] = []
 
     def make(endpoint: Endpoint | None = None, **options: Any) -> Facade:
-        opened.append(build(kind, endpoint or Endpoint(standin.url, tls=files), clock, **options))
+        at = endpoint or Endpoint(standin.url, tls=files)
+        opened.append(build(kind, at, clock, **{"coalesce": coalesce, **options}))
         return opened[-1]
 
     yield make
@@ -86,3 +97,25 @@ async def open_kms(kind: str, standin: StandIn, files: TlsFiles, clock: Clock) -
 def kms(open_kms: Open) -> Facade:
     """A provider for the stand-in."""
     return open_kms()
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls gather for as long as a test holds requests."""
+    for module in (aio_coalescing, blocking_coalescing):
+        monkeypatch.setattr(module, "PATIENCE", 60.0)
+
+
+@pytest.fixture
+async def crew(open_kms: Open, standin: StandIn, patient: None) -> AsyncIterator[Crew]:
+    """Callers of a provider; for modules whose fixture `coalesce` is True."""
+    crew = Crew(open_kms(deadline=30.0), standin)
+    yield crew
+    await crew.close()
+
+
+@pytest.fixture
+async def key_id(crew: Crew) -> str:
+    """A key to encrypt with."""
+    made: CreatedDek = await crew.kms.create_dek_for_thread("t")
+    return made.key_id

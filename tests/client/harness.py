@@ -9,7 +9,9 @@ from typing import Any, Self
 
 from progressdb_kms.client import KmsProvider, SyncKmsProvider
 from progressdb_kms.client.aio import AsyncHttpSender
+from progressdb_kms.client.aio_coalescing import CoalescingSender
 from progressdb_kms.client.blocking import SyncHttpSender
+from progressdb_kms.client.blocking_coalescing import SyncCoalescingSender
 from progressdb_kms.client.endpoint import Endpoint
 from progressdb_kms.client.exchange import Rules
 from progressdb_kms.client.protocol import Encoding
@@ -77,12 +79,14 @@ def build(
     max_connections: int = 4,
     connect_timeout: float = 5.0,
     encoding: Encoding = "json",
+    coalesce: bool = False,
 ) -> Facade:
     """Return a provider that waits by `clock`, with jitter at its greatest."""
     rules = Rules(deadline, RetryPolicy(retries), encoding, now=clock, random=lambda: 1.0)
     limits: dict[str, Any] = {"connect_timeout": connect_timeout, "max_connections": max_connections}
     if kind == "async":
-        return Facade(
-            SenderProvider(AsyncHttpSender(endpoint, rules, sleep=clock.asleep, **limits), encoding)
-        )
-    return Facade(SyncSenderProvider(SyncHttpSender(endpoint, rules, sleep=clock.sleep, **limits), encoding))
+        sender = AsyncHttpSender(endpoint, rules, sleep=clock.asleep, **limits)
+        return Facade(SenderProvider(CoalescingSender(sender, rules) if coalesce else sender, encoding))
+    blocking = SyncHttpSender(endpoint, rules, sleep=clock.sleep, **limits)
+    together = SyncCoalescingSender(blocking, rules) if coalesce else blocking
+    return Facade(SyncSenderProvider(together, encoding))

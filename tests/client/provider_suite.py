@@ -27,7 +27,13 @@ UNKNOWN_KEY = "k_" + "A" * 28
 
 
 def connect(
-    ready: dict[str, Any], kind: str, transport: str, *, client: str = "server", encoding: Encoding = "json"
+    ready: dict[str, Any],
+    kind: str,
+    transport: str,
+    *,
+    client: str = "server",
+    encoding: Encoding = "json",
+    coalesce: bool = True,
 ) -> Facade:
     """Return a provider for the service that `ready` (a ready file's content) describes.
 
@@ -37,17 +43,15 @@ def connect(
         transport: `tls` or `unix`.
         client: Whose certificate to use.
         encoding: Of the bodies.
+        coalesce: Whether calls of the same moment travel as one batch.
     """
     opener = open_provider if kind == "async" else open_sync_provider
     # Generous: what is tested here is not speed, and several suites may share a core.
+    options: dict[str, Any] = {"encoding": encoding, "coalesce": coalesce, "deadline": 20}
     if transport == "unix":
-        return Facade(opener(f"unix://{ready['unix']}", encoding=encoding, deadline=20))
+        return Facade(opener(f"unix://{ready['unix']}", **options))
     pair = ready["clients"][client]
-    return Facade(
-        opener(
-            ready["url"], ca=ready["ca"], cert=pair["cert"], key=pair["key"], encoding=encoding, deadline=20
-        )
-    )
+    return Facade(opener(ready["url"], ca=ready["ca"], cert=pair["cert"], key=pair["key"], **options))
 
 
 def new_thread() -> str:

@@ -236,7 +236,8 @@ class StandIn:
                 else:
                     results.append(getattr(self, name)(**item))
             except ProblemError as error:
-                results.append({"error": {"code": error.code, "detail": "no", "retryable": False}})
+                again = error.status in {429, 503}
+                results.append({"error": {"code": error.code, "detail": "no", "retryable": again}})
         return {"results": results}
 
 

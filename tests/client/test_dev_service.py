@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,36 +11,20 @@ import pytest
 from progressdb_kms.client import AdminClient, CreatedDek, TransportError
 from progressdb_kms.client.protocol import Encoding
 from progressdb_kms.domain.errors import InvalidTransition, KeyDisabled, KeyNotFound, PermissionDenied
+from tests.client.devservice import running
 from tests.client.harness import Facade
 from tests.client.provider_suite import TRANSPORTS, UNKNOWN_KEY, ProviderSuite, connect, new_thread
-
-START_LIMIT = 60.0
-"""Seconds for the service to say that it is ready: a net for a hung one, never something that is measured."""
 
 
 @pytest.fixture(scope="module")
 def ready(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """The ready file of a running development service."""
-    folder = tmp_path_factory.mktemp("dev")
-    file, log = folder / "ready.json", folder / "log"
-    command = [sys.executable, "-m", "progressdb_kms.cli", "dev", "--dir", str(folder / "dev")]
-    command += ["--port", "0", "--admin-port", "0", "--ready-file", str(file)]
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
-    try:
-        deadline = time.monotonic() + START_LIMIT
-        while not file.exists():
-            if process.poll() is not None or time.monotonic() > deadline:
-                pytest.fail(f"the service did not start:\n{log.read_text()[-4000:]}")
-            time.sleep(0.05)
-        yield json.loads(file.read_text())
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(START_LIMIT)
+    with running(tmp_path_factory.mktemp("dev")) as ready:
+        yield ready
 
 
 class TestRealService(ProviderSuite):
-    """Over both transports, in both encodings, with both kinds of provider."""
+    """Over both transports, in both encodings, with both kinds of provider, coalescing or not."""
 
     @pytest.fixture(params=["json", "msgpack"])
     def encoding(self, request: pytest.FixtureRequest) -> Encoding:
@@ -55,10 +34,15 @@ class TestRealService(ProviderSuite):
 
     @pytest.fixture(params=TRANSPORTS)
     async def kms(
-        self, request: pytest.FixtureRequest, ready: dict[str, Any], kind: str, encoding: Encoding
+        self,
+        request: pytest.FixtureRequest,
+        ready: dict[str, Any],
+        kind: str,
+        coalesce: bool,
+        encoding: Encoding,
     ) -> AsyncIterator[Facade]:
         """A remote provider."""
-        async with connect(ready, kind, request.param, encoding=encoding) as kms:
+        async with connect(ready, kind, request.param, encoding=encoding, coalesce=coalesce) as kms:
             yield kms
 
 

@@ -1,4 +1,7 @@
-"""The provider's promises, kept by the remote ones over TLS and a Unix socket, in both encodings."""
+"""The provider's promises, kept by the remote ones over TLS and a Unix socket.
+
+In both encodings, and with calls that travel alone and together.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +21,18 @@ class TestOverTls(ProviderSuite):
 
     @pytest.fixture(params=["json", "msgpack"])
     async def kms(
-        self, request: pytest.FixtureRequest, kind: str, standin: StandIn, files: TlsFiles, clock: Clock
+        self,
+        request: pytest.FixtureRequest,
+        kind: str,
+        coalesce: bool,
+        standin: StandIn,
+        files: TlsFiles,
+        clock: Clock,
     ) -> AsyncIterator[Facade]:
         """A remote provider."""
         encoding: Encoding = request.param
-        async with build(kind, Endpoint(standin.url, tls=files), clock, encoding=encoding) as kms:
+        endpoint = Endpoint(standin.url, tls=files)
+        async with build(kind, endpoint, clock, encoding=encoding, coalesce=coalesce) as kms:
             yield kms
 
 

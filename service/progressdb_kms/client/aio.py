@@ -52,7 +52,7 @@ class AsyncHttpSender:
         max_connections: int,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        self._endpoint = endpoint
+        self.endpoint = endpoint
         self._rules = rules
         self._connect_timeout = connect_timeout
         self._sleep = sleep
@@ -65,13 +65,18 @@ class AsyncHttpSender:
 
     async def send(self, call: Call[T], options: Options) -> T:
         """Make a call and return its answer; see ``exchange`` for what is raised."""
-        return await adrive(exchange(call, options, self._rules), self._perform)
+        return await adrive(exchange(call, options, self._rules), self.perform)
 
     async def close(self) -> None:
         """Take no more calls; those under way finish."""
         await self._close(self._pools.close())
 
-    async def _perform(self, step: Attempt | Pause) -> Reply | None:
+    async def perform(self, step: Attempt | Pause) -> Reply | None:
+        """Carry out one step of a call.
+
+        Raises:
+            KmsError: What the attempt ended in.
+        """
         if isinstance(step, Pause):
             await self._sleep(step.seconds)
             return None
@@ -90,7 +95,7 @@ class AsyncHttpSender:
                 asyncio.timeout(step.timeout),
                 pool.stream(
                     request.method,
-                    self._endpoint.url + request.target,
+                    self.endpoint.url + request.target,
                     headers=request.headers,
                     content=request.body or None,
                     extensions=timeouts(self._connect_timeout, step.timeout),
@@ -102,9 +107,9 @@ class AsyncHttpSender:
                     check_size(len(body))
                 return reply(response.status, response.headers, bytes(body))
         except TimeoutError:
-            raise DeadlineExceeded(f"{self._endpoint} did not answer in time") from None
+            raise DeadlineExceeded(f"{self.endpoint} did not answer in time") from None
         except DRIVER_ERRORS as error:
-            raise translate(error, self._endpoint) from error
+            raise translate(error, self.endpoint) from error
 
     @staticmethod
     async def _close(pools: list[httpcore.AsyncConnectionPool]) -> None:

@@ -21,7 +21,7 @@ from progressdb_kms.client.network import (
     timeouts,
     translate,
 )
-from progressdb_kms.client.pools import Pools
+from progressdb_kms.client.pools import Lease, Pools
 from progressdb_kms.client.protocol import Call, Reply
 from progressdb_kms.client.sockets import BoundedBackend, Expiry
 from progressdb_kms.client.tls import ClientTls
@@ -98,6 +98,9 @@ class ConnectionPool:
             connection.close()
 
 
+Reservation = tuple[Lease[ConnectionPool], list[ConnectionPool]]
+
+
 class SyncHttpSender:
     """Carries calls over a pool of HTTP/1.1 connections; safe to use from many threads.
 
@@ -123,7 +126,7 @@ class SyncHttpSender:
         max_connections: int,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._endpoint = endpoint
+        self.endpoint = endpoint
         self._rules = rules
         self._connect_timeout = connect_timeout
         self._sleep = sleep
@@ -147,17 +150,39 @@ class SyncHttpSender:
 
     def send(self, call: Call[T], options: Options) -> T:
         """Make a call and return its answer; see ``exchange`` for what is raised."""
-        return drive(exchange(call, options, self._rules), self._perform)
+        return drive(exchange(call, options, self._rules), self.perform)
 
     def close(self) -> None:
         """Take no more calls; those under way in other threads finish."""
         self._close(self._pools.close())
 
-    def _perform(self, step: Attempt | Pause) -> Reply | None:
+    def perform(self, step: Attempt | Pause) -> Reply | None:
+        """Carry out one step of a call.
+
+        Raises:
+            KmsError: What the attempt ended in.
+        """
         if isinstance(step, Pause):
             self._sleep(step.seconds)
             return None
-        lease, idle = self._pools.enter()
+        return self.attempt(self.reserve(), step)
+
+    def reserve(self) -> Reservation:
+        """Return a place for one attempt, which ``close`` does not take away. Use it, or ``give_back``.
+
+        Raises:
+            ProviderClosed: ``close`` was called.
+            EndpointInvalid: The certificate files can't be used.
+        """
+        return self._pools.enter()
+
+    def attempt(self, place: Reservation, step: Attempt) -> Reply:
+        """Send a request and return its answer.
+
+        Raises:
+            KmsError: What the attempt ended in.
+        """
+        lease, idle = place
         try:
             self._close(idle)
             return self._attempt(lease.pool, step)
@@ -172,7 +197,7 @@ class SyncHttpSender:
                 pool.connection(step.timeout) as connection,
                 connection.stream(
                     request.method,
-                    self._endpoint.url + request.target,
+                    self.endpoint.url + request.target,
                     headers=request.headers,
                     content=request.body or None,
                     extensions=timeouts(self._connect_timeout, step.timeout),
@@ -184,9 +209,15 @@ class SyncHttpSender:
                     check_size(len(body))
                 return reply(response.status, response.headers, bytes(body))
         except DRIVER_ERRORS as error:
-            raise translate(error, self._endpoint) from error
+            raise translate(error, self.endpoint) from error
         finally:
             self._expiry.at = float("inf")
+
+    def give_back(self, place: Reservation) -> None:
+        """Give up a place that was not used."""
+        lease, idle = place
+        self._close(idle)
+        self._close(self._pools.leave(lease))
 
     @staticmethod
     def _close(pools: list[ConnectionPool]) -> None:

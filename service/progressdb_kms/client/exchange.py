@@ -74,6 +74,19 @@ def exchange(call: Call[T], options: Options, rules: Rules) -> Generator[Attempt
     """
     # Encoded once: every try carries the same Idempotency-Key and X-Request-Id.
     request = encode(call, rules.encoding, options.headers)
+    return retrying(lambda remaining: attempt(call, request, remaining), options, rules)
+
+
+def retrying(
+    once: Callable[[float], Generator[E, Any, T | Failure]], options: Options, rules: Rules
+) -> Generator[E | Pause, Any, T]:
+    """Try until it succeeds, fails for good, or the time is over; see ``exchange``.
+
+    Args:
+        once: Gives the steps of one try, which has so many seconds.
+        options: Of the call.
+        rules: Of the provider.
+    """
     deadline = rules.deadline if options.deadline is None else options.deadline
     expires = rules.now() + deadline
     tries = 0
@@ -82,7 +95,7 @@ def exchange(call: Call[T], options: Options, rules: Rules) -> Generator[Attempt
         if remaining <= 0:
             raise DeadlineExceeded(f"no answer within {deadline:g} s ({tries} tries)")
         tries += 1
-        failure = yield from _attempt(call, request, remaining)
+        failure = yield from once(remaining)
         if not isinstance(failure, Failure):
             return failure
         pause = pause_before_retry(rules.retry, failure, tries, expires - rules.now(), rules.random)
@@ -91,7 +104,8 @@ def exchange(call: Call[T], options: Options, rules: Rules) -> Generator[Attempt
         yield Pause(pause)
 
 
-def _attempt(call: Call[T], request: Request, timeout: float) -> Generator[Attempt, Reply, T | Failure]:
+def attempt(call: Call[T], request: Request, timeout: float) -> Generator[Attempt, Reply, T | Failure]:
+    """Try once; return the answer, or why there is none."""
     try:
         reply = yield Attempt(request, timeout)
     except KmsError as error:

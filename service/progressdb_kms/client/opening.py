@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from progressdb_kms.client.aio import AsyncHttpSender
+from progressdb_kms.client.aio_coalescing import CoalescingSender
 from progressdb_kms.client.blocking import SyncHttpSender
+from progressdb_kms.client.blocking_coalescing import SyncCoalescingSender
 from progressdb_kms.client.endpoint import Endpoint, TlsFiles, resolve
 from progressdb_kms.client.errors import EndpointInvalid
 from progressdb_kms.client.exchange import Rules
@@ -38,6 +40,8 @@ class ConnectOptions(TypedDict, total=False):
         max_connections: At most so many at a time (32); further calls wait.
         encoding: ``json`` (default), which every release of the service speaks, or ``msgpack``, which is
             smaller.
+        coalesce: Let calls of the same moment travel as one batch (True): ``encrypt_with_dek``,
+            ``decrypt_with_dek`` and ``create_dek_for_thread`` of many tasks or threads on one provider.
         allow_plain_http: Accept ``http://``, for an older service on a loopback address.
     """
 
@@ -49,6 +53,7 @@ class ConnectOptions(TypedDict, total=False):
     retries: int
     max_connections: int
     encoding: Encoding
+    coalesce: bool
     allow_plain_http: bool
 
 
@@ -76,7 +81,8 @@ def open_provider(url: str | None = None, **options: Unpack[ConnectOptions]) -> 
         connect_timeout=options.get("connect_timeout", CONNECT_TIMEOUT),
         max_connections=options.get("max_connections", MAX_CONNECTIONS),
     )
-    return SenderProvider(sender, rules.encoding)
+    together = options.get("coalesce", True)
+    return SenderProvider(CoalescingSender(sender, rules) if together else sender, rules.encoding)
 
 
 def open_sync_provider(url: str | None = None, **options: Unpack[ConnectOptions]) -> SyncKmsProvider:
@@ -85,7 +91,10 @@ def open_sync_provider(url: str | None = None, **options: Unpack[ConnectOptions]
     if endpoint.embedded:
         _, provider = _embedded()
         return provider()
-    return SyncSenderProvider(_sync_sender(endpoint, options), options.get("encoding", "json"))
+    rules = _rules(options)
+    sender = _sync_sender(endpoint, options)
+    together = options.get("coalesce", True)
+    return SyncSenderProvider(SyncCoalescingSender(sender, rules) if together else sender, rules.encoding)
 
 
 def open_sync_sender(url: str | None = None, **options: Unpack[ConnectOptions]) -> SyncHttpSender | None:

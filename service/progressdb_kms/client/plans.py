@@ -95,15 +95,21 @@ class _DecryptItem(msgspec.Struct):
         return self.plaintext
 
 
-class _CreateResults(msgspec.Struct):
+class CreateResults(msgspec.Struct):
+    """The answer to a batch of creates."""
+
     results: list[_CreateItem]
 
 
-class _EncryptResults(msgspec.Struct):
+class EncryptResults(msgspec.Struct):
+    """The answer to a batch of encryptions."""
+
     results: list[_EncryptItem]
 
 
-class _DecryptResults(msgspec.Struct):
+class DecryptResults(msgspec.Struct):
+    """The answer to a batch of decryptions."""
+
     results: list[_DecryptItem]
 
 
@@ -178,7 +184,7 @@ def create_many(
     def single(item: Mapping[str, Any]) -> Plan[CreatedDek]:
         return create(item["thread_id"], item["idempotency_key"])
 
-    return (yield from _batch("/create_dek_batch", _CreateResults, items, single, encoding))
+    return (yield from _batch("/create_dek_batch", CreateResults, items, single, encoding))
 
 
 def encrypt_many(items: Sequence[EncryptItem], encoding: Encoding) -> Plan[list[Encrypted | KmsError]]:
@@ -188,7 +194,7 @@ def encrypt_many(items: Sequence[EncryptItem], encoding: Encoding) -> Plan[list[
         return encrypt(item["key_id"], item["plaintext"], item.get("aad"))
 
     bodies = [_encrypt_body(item) for item in items]
-    return (yield from _batch("/encrypt_batch", _EncryptResults, bodies, single, encoding))
+    return (yield from _batch("/encrypt_batch", EncryptResults, bodies, single, encoding))
 
 
 def decrypt_many(items: Sequence[DecryptItem], encoding: Encoding) -> Plan[list[bytes | KmsError]]:
@@ -198,7 +204,7 @@ def decrypt_many(items: Sequence[DecryptItem], encoding: Encoding) -> Plan[list[
         return decrypt(item["key_id"], item["ciphertext"], item.get("aad"))
 
     bodies = [_decrypt_body(item) for item in items]
-    return (yield from _batch("/decrypt_batch", _DecryptResults, bodies, single, encoding))
+    return (yield from _batch("/decrypt_batch", DecryptResults, bodies, single, encoding))
 
 
 def _encrypt_body(item: EncryptItem) -> dict[str, Any]:

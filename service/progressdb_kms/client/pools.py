@@ -12,7 +12,9 @@ from progressdb_kms.client.errors import ProviderClosed
 P = TypeVar("P")
 
 
-class _Lease(Generic[P]):
+class Lease(Generic[P]):
+    """A pool in use."""
+
     __slots__ = ("context", "pool", "users")
 
     def __init__(self, pool: P, context: ssl.SSLContext | None) -> None:
@@ -38,11 +40,11 @@ class Pools(Generic[P]):
         self._make = make
         self._context = context
         self._lock = threading.Lock()
-        self._current: _Lease[P] | None = None
-        self._retired: list[_Lease[P]] = []
+        self._current: Lease[P] | None = None
+        self._retired: list[Lease[P]] = []
         self._closed = False
 
-    def enter(self) -> tuple[_Lease[P], list[P]]:
+    def enter(self) -> tuple[Lease[P], list[P]]:
         """Return the lease to use, and pools to close now.
 
         Raises:
@@ -57,11 +59,11 @@ class Pools(Generic[P]):
             if lease is None or lease.context is not context:
                 if lease is not None:
                     idle = self._retire(lease)
-                lease = self._current = _Lease(self._make(context), context)
+                lease = self._current = Lease(self._make(context), context)
             lease.users += 1
             return lease, idle
 
-    def leave(self, lease: _Lease[P]) -> list[P]:
+    def leave(self, lease: Lease[P]) -> list[P]:
         """Give a lease back, and return pools to close now."""
         with self._lock:
             lease.users -= 1
@@ -77,7 +79,7 @@ class Pools(Generic[P]):
             lease, self._current = self._current, None
             return self._retire(lease) if lease is not None else []
 
-    def _retire(self, lease: _Lease[P]) -> list[P]:
+    def _retire(self, lease: Lease[P]) -> list[P]:
         if lease.users == 0:
             return [lease.pool]
         self._retired.append(lease)
