@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, Iterable
 from functools import partial
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from progressdb_kms.settings import Limits
+from progressdb_kms.transport import door
 from progressdb_kms.transport.connection import READ_BUFFER, Connection, Phase
 from progressdb_kms.transport.door import Door, RawAnswer, Ready
 from progressdb_kms.transport.ordinary import Head
@@ -93,6 +95,7 @@ class Line:
         self.tasks: list[Task] = []
         self.blocked = False
         self.reading = True
+        self.later: list[Callable[[], None]] = []
         self.door = Door(
             app=App(),
             session="the session",
@@ -103,6 +106,7 @@ class Line:
             start=self.start,
             write=self.write_all,
             blocked=lambda: self.blocked,
+            soon=self.later.append,
         )
 
     def feed(self, data: bytes) -> None:
@@ -125,23 +129,27 @@ class Line:
         return self.tasks[-1]
 
     def step(self) -> None:
-        """Let the outstanding answer get on."""
+        """Let the event loop make a pass: what was left for it, and the outstanding answer."""
+        due = self.later[:]
+        self.later.clear()
+        for each in due:
+            each()
         for task in [task for task in self.tasks if not task.done]:
             task.step()
 
     def settle(self) -> None:
         """Let all answers be given."""
-        while not all(task.done for task in self.tasks):
+        while self.later or not all(task.done for task in self.tasks):
             self.step()
 
     def write(self, data: bytes) -> None:
         """Take an answer: the transport's part."""
         self.answers.append(data.partition(b"\r\n\r\n")[2])
 
-    async def write_all(self, data: bytes) -> None:
+    async def write_all(self, parts: Iterable[bytes]) -> None:
         """Take an answer in pieces."""
         await Pause()
-        if data:
+        if data := b"".join(parts):
             self.write(data)
 
     def is_closing(self) -> bool:
@@ -255,6 +263,21 @@ def test_nothing_is_looked_at_while_an_answer_is_outstanding() -> None:
     assert line.reading
     assert line.answers == [b"/later:1"]
     assert line.handed_on == request("/now", b"2") + b"x" * (READ_BUFFER + 1)
+
+
+def test_who_sends_much_is_read_from_a_share_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long piece is the last one of its connection in a pass of the event loop."""
+    monkeypatch.setattr(door, "SHARE", 40)
+    line = Line()
+    raw = request("/later", b"x" * 100)
+    line.feed(raw[:80])
+    assert not line.reading
+    line.step()
+    assert line.reading
+    line.feed(raw[80:])
+    line.settle()
+    assert line.reading
+    assert line.answers == [b"/later:" + b"x" * 100]
 
 
 def test_a_peer_that_does_not_read_is_waited_for() -> None:

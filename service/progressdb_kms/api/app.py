@@ -108,7 +108,8 @@ def _view(api: Api, hot: Hot, route: Route) -> Callable[..., Awaitable[Response]
                 query=_query(),
                 idempotency_keys=request.headers.getlist("Idempotency-Key"),
             )
-            return accept, await perform(route, call, api.limits)
+            answer = await perform(route, call, api.limits)
+            return accept, answer if isinstance(answer, bytes) else b"".join(answer)
 
         return await _answered(api, route.path, respond)
 

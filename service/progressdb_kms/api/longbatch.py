@@ -1,8 +1,9 @@
-"""Long batches, worked off in slices, so that nobody else waits for the whole of one.
+"""Long batches, worked off in pieces, so that nobody else waits for the whole of one.
 
-Each slice is a batch of its own: it looks at grants, key states and what is in memory anew, so that the rules
-of ``keycache`` hold however long the batch takes. The reading of a JSON body and the writing of the answer
-are not cut: each is mostly one call of a parser in C.
+Each slice of items is a batch of its own: it looks at grants, key states and what is in memory anew, so that
+the rules of ``keycache`` hold however long the batch takes. Reading the body and writing the answer are cut
+too (``usecases.batches``). What is never cut is one item: up to 1 MiB of plaintext takes some 3 ms, and more
+than that, which can only be refused, or additional data of many MiB, as long as it takes.
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ import asyncio
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from progressdb_kms.usecases.messages import Results
+from msgspec import Raw, Struct
+
+from progressdb_kms.usecases.batches import ResultsWriter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from msgspec import Struct
+    from collections.abc import Callable, Generator, Sequence
 
     from progressdb_kms.api.call import Call
     from progressdb_kms.domain.errors import KmsError
+    from progressdb_kms.usecases.batches import BatchReader
     from progressdb_kms.usecases.encryption import Loaded, Miss
-    from progressdb_kms.usecases.messages import BatchReader
     from progressdb_kms.usecases.session import Session
 
 LONG_BYTES: Final = 2**16
@@ -29,7 +30,18 @@ LONG_BYTES: Final = 2**16
 SLICE_ITEMS: Final = 256
 SLICE_BYTES: Final = 2**18
 
-Item = TypeVar("Item", bound="Struct")
+Item = TypeVar("Item", bound=Struct)
+T = TypeVar("T")
+
+
+async def with_turns(work: Generator[None, None, T]) -> T:
+    """Do work that yields for others to have their turn; returns what it returns."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as done:
+            return done.value  # type: ignore[no-any-return]  # a StopIteration does not say of what
+        await asyncio.sleep(0)
 
 
 async def answer_in_slices(
@@ -37,7 +49,7 @@ async def answer_in_slices(
     reader: BatchReader[Item],
     work: Callable[[Session, Sequence[Item | KmsError], Loaded], Sequence[object] | Miss],
     weigh: Callable[[Item], int],
-) -> bytes:
+) -> list[bytes]:
     """Answer a batch in slices; between two of them others get their turn.
 
     Args:
@@ -46,22 +58,29 @@ async def answer_in_slices(
         work: Does the items of a slice.
         weigh: Gives the bytes of an item that ``work`` has to get through.
 
+    Returns:
+        The answer, in pieces.
+
     Raises:
         KmsError: As the reader does, or ``Loader.complete``; what was done until then is given up.
     """
-    items = reader.begin(call.content_type, call.body, call.kms.bounds.batch_items)
-    results: list[object] = []
-    begin = 0
-    while begin < len(items):
+    items = await with_turns(reader.begin(call.content_type, call.body, call.kms.bounds.batch_items))
+    answer = ResultsWriter(call.accept)
+    count = len(items)
+    while items:
         await asyncio.sleep(0)
         part: list[Item | KmsError] = []
         weight = 0
-        while begin + len(part) < len(items) and len(part) < SLICE_ITEMS and weight < SLICE_BYTES:
-            item = reader.item(call.content_type, items[begin + len(part)])
+        for raw in items[:SLICE_ITEMS]:
+            item = reader.item(call.content_type, raw)
+            # What is read only now takes its length to read, whatever comes of it.
+            weight += len(memoryview(raw)) if isinstance(raw, Raw) else 0
             weight += 0 if isinstance(item, Exception) else weigh(item)
             part.append(item)
-        results += await call.loader.complete(partial(work, call.session, part))
-        begin += len(part)
-    call.session.charge(len(items) - 1)
-    await asyncio.sleep(0)
-    return call.answer(Results(results))
+            if weight >= SLICE_BYTES:
+                break
+        # Let go of a slice at a time: freeing many MiB in one go takes milliseconds.
+        del items[: len(part)]
+        answer.add(await call.loader.complete(partial(work, call.session, part)))
+    call.session.charge(count - 1)
+    return answer.finish()

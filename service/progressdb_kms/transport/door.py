@@ -19,14 +19,14 @@ from __future__ import annotations
 import time
 from email.utils import formatdate
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias, cast
 
 from progressdb_kms.transport.connection import READ_BUFFER, Connection, Phase
 from progressdb_kms.transport.ordinary import HEAD_END, Head, parse_head
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterable, Iterator
 
     from progressdb_kms.settings import Limits
 
@@ -34,12 +34,14 @@ if TYPE_CHECKING:
 
 # The same as one write of the slow way's.
 PIECE: Final = 2**16
+# Whoever sends so much at once has more to send, which a loop would read 32 times before it serves another.
+SHARE: Final = 2**16
 _CLOSE: Final = b"connection: close\r\n"
 _STATUS: Final = {status.value: b"HTTP/1.1 %d \r\n" % status for status in HTTPStatus}
 
 
-RawAnswer: TypeAlias = tuple[int, bytes, bytes, bool]
-"""Status, header lines, body, and whether the connection must close after it."""
+RawAnswer: TypeAlias = "tuple[int, bytes, bytes | list[bytes], bool]"
+"""Status, header lines, body (a long one in pieces), and whether the connection must close after it."""
 
 
 class Ready(Protocol):
@@ -49,7 +51,10 @@ class Ready(Protocol):
     """Bytes; a longer body is the slow way's to refuse."""
 
     def answer(self, session: object, body: bytes) -> RawAnswer | Later:
-        """Answer a request, or return what will; neither ever raises but for cancellation."""
+        """Answer a request, or return what will; neither ever raises but for cancellation.
+
+        A long body may be a bytearray, which nobody changes any more.
+        """
 
     def late(self, session: object) -> RawAnswer:
         """Answer a request whose body did not come in time."""
@@ -76,8 +81,9 @@ class Door:
         limits: Sizes in bytes and times in seconds.
         hand_on: Gives input, already counted, to the slow way; after it the door is never asked again.
         start: Runs a coroutine function as a task of the connection.
-        write: Writes an answer in pieces and waits until the peer has taken it.
+        write: Writes the pieces of an answer and waits until the peer has taken them.
         blocked: Tells whether the transport asked for a pause in writing.
+        soon: Calls a function in the event loop's next pass.
     """
 
     __slots__ = (
@@ -93,6 +99,7 @@ class Door:
         "_paused",
         "_ready",
         "_session",
+        "_soon",
         "_start",
         "_task",
         "_transport",
@@ -110,8 +117,9 @@ class Door:
         limits: Limits,
         hand_on: Callable[[bytes], None],
         start: Callable[..., asyncio.Task[None]],
-        write: Callable[[bytes], Awaitable[None]],
+        write: Callable[[Iterable[bytes]], Awaitable[None]],
         blocked: Callable[[], bool],
+        soon: Callable[[Callable[[], None]], object],
     ) -> None:
         self._app = app
         self._session = session
@@ -130,6 +138,7 @@ class Door:
         self._busy = False
         self._paused = False
         self._task: asyncio.Task[None] | None = None
+        self._soon = soon
 
     def close(self) -> None:
         """Give up the answer that is outstanding: nobody is there to take it."""
@@ -157,11 +166,12 @@ class Door:
         """Keep what is no whole request, as far as it may still become one."""
         self._connection.bytes_arrived(len(data))
         self._buffer += data
+        if len(data) >= SHARE or (self._busy and len(self._buffer) > READ_BUFFER):
+            self._pause()
         if not self._busy:
+            if self._paused:
+                self._soon(self._turn)
             self._look()
-        elif len(self._buffer) > READ_BUFFER and not self._paused:
-            self._paused = True
-            self._transport.pause_reading()
 
     def _look(self) -> None:
         """Decide on what has been kept."""
@@ -184,9 +194,11 @@ class Door:
             # What follows came before this one was answered: a pipeline, whose order is the parser's.
             self._give_up()
         elif len(buffer) == self._whole and self._ready is not None:
-            body = bytes(buffer[len(self._head) :])
+            connection.bytes_taken(len(buffer))
+            del buffer[: len(self._head)]
+            # Copying 16 MiB would take longer than anybody may hold the event loop.
+            body = bytes(buffer) if len(buffer) <= PIECE else cast("bytes", buffer)
             self._forget()
-            connection.bytes_taken(len(self._head) + len(body))
             self._answer(self._ready, body)
 
     def _may_become_hot(self) -> bool:
@@ -209,6 +221,16 @@ class Door:
         self._connection.late = None
         self._resume()
 
+    def _pause(self) -> None:
+        if not self._paused:
+            self._paused = True
+            self._transport.pause_reading()
+
+    def _turn(self) -> None:
+        """Read on, now that the others had their turn."""
+        if not (self._busy and len(self._buffer) > READ_BUFFER) and not self._transport.is_closing():
+            self._resume()
+
     def _resume(self) -> None:
         if self._paused:
             self._paused = False
@@ -229,7 +251,7 @@ class Door:
 
     def _answer(self, ready: Ready, body: bytes) -> None:
         answer = ready.answer(self._session, body)
-        if isinstance(answer, tuple) and len(answer[2]) <= PIECE:
+        if isinstance(answer, tuple) and isinstance(answer[2], bytes) and len(answer[2]) <= PIECE:
             self._send(answer)
         else:
             self._busy = True
@@ -242,7 +264,7 @@ class Door:
         if connection.phase is Phase.CLOSING or transport.is_closing():
             return
         close = answer[3] or connection.last_answer
-        transport.write(_bytes_of(answer, close=close))
+        transport.write(b"".join(_pieces_of(answer, close=close)))
         if close:
             connection.finish("done", answered=True)
         elif self._blocked():
@@ -260,7 +282,7 @@ class Door:
         if connection.phase is Phase.CLOSING:
             return
         close = answer[3] or connection.last_answer
-        await self._write(_bytes_of(answer, close=close))
+        await self._write(_pieces_of(answer, close=close))
         if close:
             connection.finish("done", answered=True)
         else:
@@ -268,7 +290,7 @@ class Door:
 
     async def _flush(self) -> None:
         """Wait until the peer has taken what was written."""
-        await self._write(b"")
+        await self._write((b"",))
         self._go_on()
 
     def _go_on(self) -> None:
@@ -280,9 +302,17 @@ class Door:
             self._look()
 
 
-def _bytes_of(answer: RawAnswer, *, close: bool) -> bytes:
+def _pieces_of(answer: RawAnswer, *, close: bool) -> Iterator[bytes]:
     status, head, body, _ = answer
-    return b"%b%b%b%b%b" % (_STATUS[status], head, _CLOSE if close else b"", _date(), body)
+    head = b"%b%b%b%b" % (_STATUS[status], head, _CLOSE if close else b"", _date())
+    if isinstance(body, bytes):
+        yield head + body
+        return
+    yield head
+    body.reverse()
+    while body:
+        # Each is let go of once it is sent: freeing many MiB in one go takes milliseconds.
+        yield body.pop()
 
 
 class _Clock:

@@ -18,6 +18,8 @@ from progressdb_kms.transport.http1 import Http1
 from progressdb_kms.transport.inbox import ConnectionTasks, where
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from hypercorn.asyncio.worker_context import WorkerContext
     from hypercorn.config import Config
     from hypercorn.typing import AppWrapper
@@ -113,13 +115,14 @@ class Exchange(TCPServer):
             start=tasks.start,
             write=self._write,
             blocked=lambda: self._protocol.blocked,
+            soon=self.loop.call_soon,
             limits=self._limits,
         )
 
     async def protocol_send(self, event: Event) -> None:
         """Carry out what the protocol asks for: bytes to send, the connection's end, a change of phase."""
         if isinstance(event, RawData):
-            await self._write(event.data)
+            await self._write((event.data,))
         elif isinstance(event, Closed):
             self.connection.finish("done", answered=True)
         elif isinstance(event, Updated):
@@ -128,17 +131,23 @@ class Exchange(TCPServer):
             else:
                 self.connection.request_began()
 
-    async def _write(self, data: bytes) -> None:
+    async def _write(self, parts: Iterable[bytes]) -> None:
         async with self.send_lock:
             self.connection.write_began()
             try:
                 # In pieces, as the loops' TLS layers take anything at once and only then ask to wait.
-                # Without data there is the waiting only.
-                for start in range(0, len(data) or 1, PIECE):
-                    if self.writer.is_closing():
-                        break  # uvloop raises for it, asyncio warns; the app hears of it through its inbox
-                    self.writer.write(data[start : start + PIECE])
-                    await self.writer.drain()
+                # Of nothing there is the waiting only.
+                written = 0
+                for part in parts:
+                    for start in range(0, len(part) or 1, PIECE):
+                        if self.writer.is_closing():
+                            return  # uvloop raises for it, asyncio warns; the app hears of it by its inbox
+                        self.writer.write(part[start : start + PIECE])
+                        await self.writer.drain()
+                        written += PIECE
+                        if written > PIECE:
+                            # To a peer that reads as fast as this writes there was nothing to wait for.
+                            await asyncio.sleep(0)
             except (ConnectionError, ssl.SSLError):
                 await self.http.handle(Closed())
             finally:
