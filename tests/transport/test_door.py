@@ -242,12 +242,63 @@ def test_hot_requests_one_after_the_other_stay_at_the_door(paths: list[str], dat
         if wait:
             line.settle()
     line.settle()
-    if line.handed_on is None:
-        assert line.answers == [f"{path}:{number}".encode() for number, path in enumerate(paths)]
-        assert line.connection.phase is Phase.IDLE
+    assert line.handed_on is None
+    assert line.answers == [f"{path}:{number}".encode() for number, path in enumerate(paths)]
+    assert line.connection.phase is Phase.IDLE
+
+
+def test_each_further_request_of_a_piece_waits_for_its_turn() -> None:
+    """One is answered at once, the others one a turn, in order, with what comes meanwhile behind them."""
+    line = Line()
+    line.feed(b"".join(request("/now", b"%d" % number) for number in range(4)))
+    assert line.answers == [b"/now:0"]
+    assert line.connection.phase.name == "HEADERS"
+    line.step()
+    line.feed(request("/later", b"4") + request("/now", b"5")[:-1])
+    assert line.answers == [b"/now:0", b"/now:1"]
+    line.settle()
+    assert line.answers == [b"/now:0", b"/now:1", b"/now:2", b"/now:3", b"/later:4"]
+    assert line.connection.deadline == LIMITS.body_timeout
+    line.feed(b"5")
+    assert line.answers[-1] == b"/now:5"
+    assert line.connection.phase is Phase.IDLE
+    assert line.connection.unread == 0
+
+
+def test_a_peer_that_pipelines_without_end_is_held_back() -> None:
+    """No more is read than can be kept, until the turns have made room."""
+    line = Line()
+    raw = request("/now", b"x" * 100)
+    line.feed(raw * (READ_BUFFER // len(raw) + 3))
+    assert not line.reading
+    line.settle()
+    assert line.reading
+    assert len(line.answers) == READ_BUFFER // len(raw) + 3
+
+
+@pytest.mark.parametrize("end", ["last", "drain", "abort", "blocked"])
+def test_what_happens_between_two_turns_counts(end: str) -> None:
+    """A last answer, a drain, a revocation, a peer that does not read: nothing is answered past them."""
+    line = Line()
+    second = request("/last" if end == "last" else "/now", b"1")
+    line.feed(request("/now", b"0") + second + request("/now", b"2"))
+    if end == "drain":
+        line.connection.close_after_response()
+        line.connection.finish_if_idle("drain")
+    elif end == "abort":
+        line.connection.abort("revoked")
+    line.blocked = end == "blocked"
+    line.step()
+    line.step()
+    expected = {"last": b"/last:1", "drain": b"/now:1", "blocked": b"/now:1"}
+    assert line.answers == [b"/now:0", *filter(None, [expected.get(end)])]
+    if end == "blocked":
+        line.blocked = False
+        line.settle()
+        assert line.answers[2:] == [b"/now:2"]
     else:
-        # Only several at once, behind one whose answer is outstanding, are a pipeline.
-        assert "/later" in paths[:-2]
+        assert line.connection.phase is Phase.CLOSING
+        assert line.connection.unread > 0  # so that the closing side reads it away (RFC 9112 9.6)
 
 
 def test_nothing_is_looked_at_while_an_answer_is_outstanding() -> None:
@@ -261,8 +312,8 @@ def test_nothing_is_looked_at_while_an_answer_is_outstanding() -> None:
     assert not line.reading
     line.settle()
     assert line.reading
-    assert line.answers == [b"/later:1"]
-    assert line.handed_on == request("/now", b"2") + b"x" * (READ_BUFFER + 1)
+    assert line.answers == [b"/later:1", b"/now:2"]
+    assert line.handed_on == b"x" * (READ_BUFFER + 1)
 
 
 def test_who_sends_much_is_read_from_a_share_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,17 @@
 """The fast door: answers ordinary requests for hot routes without a task, a framework or a second parser.
 
-A connection begins at the door. Its input is looked at as it comes: exactly one whole, wholly ordinary
-request (``transport.ordinary``) for a route that the app has made ready is answered on the spot, or, where
-the answer has to wait for the store, by one task. Anything else goes on unchanged to Hypercorn, and so does
-all that ever follows on this connection: from then on its parser alone knows where the next request begins.
+A connection begins at the door. Its input is looked at as it comes: a whole, wholly ordinary request
+(``transport.ordinary``) for a route that the app has made ready is answered on the spot, or, where the
+answer has to wait for the store, by one task. Anything else goes on unchanged to Hypercorn, and so does all
+that ever follows on this connection: from then on its parser alone knows where the next request begins.
 
 What keeps it honest:
 
 - It takes a strict subset of what the slow way takes, with the same handlers, checks, limits and errors.
 - Order: while an answer is outstanding nothing that follows is looked at, only kept, up to a bound.
+- Of several requests that came at once the first is answered at once; each further one waits for this
+  connection's turn (``transport.turns``), so that nobody else waits for all of them.
+- Of a long body a share is read, then others are, however fast it comes.
 - A request in pieces is kept until it is whole, under the deadlines that the slow way has.
 - A peer that does not read its answers is not read from either, and is cut at the write deadline.
 - Drain, revocation, age, idle time and the count of connections see one connection, whoever answers.
@@ -83,7 +86,7 @@ class Door:
         start: Runs a coroutine function as a task of the connection.
         write: Writes the pieces of an answer and waits until the peer has taken them.
         blocked: Tells whether the transport asked for a pause in writing.
-        soon: Calls a function in the event loop's next pass.
+        soon: Calls a function once, after others had their turn.
     """
 
     __slots__ = (
@@ -103,6 +106,7 @@ class Door:
         "_start",
         "_task",
         "_transport",
+        "_turning",
         "_whole",
         "_write",
     )
@@ -136,9 +140,15 @@ class Door:
         self._buffer = bytearray()
         self._whole = 0  # bytes of the request that is being gathered, once its head is known
         self._busy = False
+        self._turning = False
         self._paused = False
         self._task: asyncio.Task[None] | None = None
         self._soon = soon
+
+    @property
+    def turning(self) -> bool:
+        """Whether whole requests may have been received that wait for this connection's turn."""
+        return self._turning
 
     def close(self) -> None:
         """Give up the answer that is outstanding: nobody is there to take it."""
@@ -163,18 +173,19 @@ class Door:
         self._gather(data)
 
     def _gather(self, data: bytes) -> None:
-        """Keep what is no whole request, as far as it may still become one."""
+        """Keep what is no whole request, as far as it may still become one, or what has to wait."""
         self._connection.bytes_arrived(len(data))
         self._buffer += data
-        if len(data) >= SHARE or (self._busy and len(self._buffer) > READ_BUFFER):
+        if self._busy or self._turning:
+            self._flow()
+            return
+        self._look()
+        if len(data) >= SHARE and self._buffer:
             self._pause()
-        if not self._busy:
-            if self._paused:
-                self._soon(self._turn)
-            self._look()
+            self._wait()
 
     def _look(self) -> None:
-        """Decide on what has been kept."""
+        """Answer a request that has been kept whole; what comes after it waits for this connection's turn."""
         buffer, connection = self._buffer, self._connection
         if not self._whole:
             end = buffer.find(HEAD_END) + 4
@@ -185,21 +196,60 @@ class Door:
             head = bytes(buffer[:end])
             if head != self._head:
                 self._make_ready(head)
-            if self._ready is None or len(buffer) > end + self._length:
+            if self._ready is None:
                 self._give_up()
                 return
             self._whole = end + self._length
             connection.body_began(self._late)
-        if len(buffer) > self._whole:
-            # What follows came before this one was answered: a pipeline, whose order is the parser's.
-            self._give_up()
-        elif len(buffer) == self._whole and self._ready is not None:
-            connection.bytes_taken(len(buffer))
-            del buffer[: len(self._head)]
-            # Copying 16 MiB would take longer than anybody may hold the event loop.
-            body = bytes(buffer) if len(buffer) <= PIECE else cast("bytes", buffer)
-            self._forget()
+        if len(buffer) >= self._whole and self._ready is not None:
+            body = self._taken()
             self._answer(self._ready, body)
+            if self._buffer and not self._busy and connection.phase is not Phase.CLOSING:
+                self._wait()
+
+    def _taken(self) -> bytes:
+        """Take the whole request out of the buffer; returns its body."""
+        buffer, whole, begin = self._buffer, self._whole, len(self._head)
+        self._whole = 0
+        self._connection.late = None
+        self._connection.bytes_taken(whole)
+        if len(buffer) > whole or whole <= PIECE:
+            body = bytes(buffer[begin:whole])
+            del buffer[:whole]
+            return body
+        # Copying 16 MiB would take longer than anybody may hold the event loop.
+        self._buffer = bytearray()
+        del buffer[:begin]
+        return cast("bytes", buffer)
+
+    def _wait(self) -> None:
+        if not self._turning:
+            self._turning = True
+            self._soon(self._turn)
+
+    def _turn(self) -> None:
+        """Go on, now that the others had their turn. What is under way on the connection may have changed."""
+        self._turning = False
+        if self._buffer and not self._busy and self._connection.phase is not Phase.CLOSING:
+            self._look()
+        self._flow()
+
+    def _flow(self) -> None:
+        """Hold the peer back while it has sent more than can be looked at, and no longer."""
+        if (self._busy or self._turning) and len(self._buffer) > READ_BUFFER:
+            self._pause()
+        elif not self._transport.is_closing():
+            self._resume()
+
+    def _pause(self) -> None:
+        if not self._paused:
+            self._paused = True
+            self._transport.pause_reading()
+
+    def _resume(self) -> None:
+        if self._paused:
+            self._paused = False
+            self._transport.resume_reading()
 
     def _may_become_hot(self) -> bool:
         start = bytes(self._buffer[:96])
@@ -220,21 +270,6 @@ class Door:
         self._whole = 0
         self._connection.late = None
         self._resume()
-
-    def _pause(self) -> None:
-        if not self._paused:
-            self._paused = True
-            self._transport.pause_reading()
-
-    def _turn(self) -> None:
-        """Read on, now that the others had their turn."""
-        if not (self._busy and len(self._buffer) > READ_BUFFER) and not self._transport.is_closing():
-            self._resume()
-
-    def _resume(self) -> None:
-        if self._paused:
-            self._paused = False
-            self._transport.resume_reading()
 
     def _give_up(self) -> None:
         """Leave this connection to the slow way, with all that it has not answered."""
@@ -298,8 +333,8 @@ class Door:
         self._busy = False
         self._connection.request_done(buffered=bool(self._buffer))
         if self._buffer and self._connection.phase is not Phase.CLOSING:
-            self._resume()
-            self._look()
+            self._wait()
+        self._flow()
 
 
 def _pieces_of(answer: RawAnswer, *, close: bool) -> Iterator[bytes]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from hypercorn.typing import AppWrapper
 
     from progressdb_kms.settings import Limits
+    from progressdb_kms.transport.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class Exchange(TCPServer):
         protocol: The event loop's end of it.
         door: Knows the hot routes; None where all requests go through the app.
         limits: Sizes and times of the door.
+        turns: Shared by all connections.
     """
 
     def __init__(  # noqa: PLR0913 - Hypercorn's six, and ours by name
@@ -61,6 +63,7 @@ class Exchange(TCPServer):
         protocol: ConnectionProtocol,
         door: DoorApp | None,
         limits: Limits,
+        turns: Turns,
     ) -> None:
         super().__init__(app, asyncio.get_running_loop(), config, context, state, reader, writer)
         self.connection = connection
@@ -69,6 +72,7 @@ class Exchange(TCPServer):
         self._protocol = protocol
         self._limits = limits
         self._door_app = door
+        self._turns = turns
         self._door: Door | None = None
 
     async def run(self) -> None:
@@ -115,7 +119,7 @@ class Exchange(TCPServer):
             start=tasks.start,
             write=self._write,
             blocked=lambda: self._protocol.blocked,
-            soon=self.loop.call_soon,
+            soon=self._turns.wait,
             limits=self._limits,
         )
 
@@ -173,6 +177,10 @@ class Exchange(TCPServer):
         if not reading.cancelled():
             reading.result()
         if self._door is not None:
+            # A peer that has sent its requests and then its end may still read the answers.
+            # Its turn comes with a pass of the loop.
+            while self._door.turning and self.connection.phase is not Phase.CLOSING:  # noqa: ASYNC110 - see above
+                await asyncio.sleep(0)
             self._door.close()
         await self.http.handle(Closed())
 
