@@ -13,6 +13,7 @@ from progressdb_kms.settings import Limits
 from progressdb_kms.transport import listeners
 from progressdb_kms.transport import server as server_module
 from progressdb_kms.transport.connection import Phase
+from progressdb_kms.transport.door import PIECE
 from tests.transport.conftest import eventually
 from tests.transport.pki import client_context
 
@@ -132,6 +133,38 @@ async def test_a_large_answer_arrives_whole(serve: Serve) -> None:
     peer = await running.tls_peer()
     assert len((await peer.get("/large?16000000")).body) == 16_000_000
     assert len((await peer.get("/large?70000")).body) == 70_000
+
+
+async def test_others_get_their_turn_while_a_large_answer_is_written(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To a peer that reads as fast as it is written to, a piece goes out in a pass of the event loop."""
+    running = await serve()
+    peer = await running.unix_peer()
+    loop = asyncio.get_running_loop()
+    now = 0
+    written: list[int] = []
+    write = asyncio.StreamWriter.write
+
+    def look() -> None:
+        nonlocal now
+        now += 1
+        loop.call_soon(look)
+
+    def noting(writer: asyncio.StreamWriter, data: bytes) -> None:
+        if len(data) == PIECE:
+            written.append(now)
+        write(writer, data)
+
+    async def nothing_to_wait_for(_writer: asyncio.StreamWriter) -> None:
+        pass
+
+    look()
+    monkeypatch.setattr(asyncio.StreamWriter, "write", noting)
+    monkeypatch.setattr(asyncio.StreamWriter, "drain", nothing_to_wait_for)
+    assert len((await peer.get(f"/large?{20 * PIECE}")).body) == 20 * PIECE
+    assert len(written) == 20
+    assert len(set(written)) >= 19  # the first two go out at once
 
 
 def read_late(sock: socket.socket, context: ssl.SSLContext, told: Callable[[], bool]) -> bytes:
