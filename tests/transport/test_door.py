@@ -31,12 +31,14 @@ class Echo:
 
     body_limit = 100
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, asked: list[bytes]) -> None:
         self.path = path
+        self.asked = asked
 
     def answer(self, session: object, body: bytes) -> RawAnswer | Callable[[], Awaitable[RawAnswer]]:
         """Answer, or return what waits."""
         assert session == "the session"
+        self.asked.append(body)
         answer = 200, b"", self.path.encode() + b":" + body, self.path == "/last"
         return partial(self._wait, answer) if self.path == "/later" else answer
 
@@ -55,9 +57,12 @@ class App:
 
     starts: tuple[bytes, ...] = (b"POST /now HTTP/1.1", b"POST /later HTTP/1.1", b"POST /last HTTP/1.1")
 
+    def __init__(self) -> None:
+        self.asked: list[bytes] = []
+
     def ready(self, head: Head) -> Ready | None:
         """Know the route, unless a field asks for something else."""
-        return None if "odd" in head.fields else Echo(head.path)
+        return None if "odd" in head.fields else Echo(head.path, self.asked)
 
 
 class Task:
@@ -96,8 +101,9 @@ class Line:
         self.blocked = False
         self.reading = True
         self.later: list[Callable[[], None]] = []
+        self.app = App()
         self.door = Door(
-            app=App(),
+            app=self.app,
             session="the session",
             connection=self.connection,
             transport=self,  # type: ignore[arg-type]  # likewise
@@ -209,13 +215,15 @@ def test_a_stream_cut_anywhere(requests: list[tuple[bool, bytes, bytes]], data: 
     cuts = data.draw(st.lists(st.tuples(st.integers(0, len(stream)), st.booleans()), max_size=12))
     line = Line()
     begin = 0
-    for end, step in [*sorted(cuts), (len(stream), True)]:
-        if end > begin:
-            line.feed(stream[begin:end])
-        begin = end
-        if step:
-            line.step()
-    line.settle()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(door, "SHARE", data.draw(st.sampled_from([16, door.SHARE])))
+        for end, step in [*sorted(cuts), (len(stream), True)]:
+            if end > begin:
+                line.feed(stream[begin:end])
+            begin = end
+            if step:
+                line.step()
+        line.settle()
     answered = len(line.answers)
     assert line.answers == [answer for _, answer, _ in requests[:answered]]
     assert all(hot for hot, _, _ in requests[:answered])
@@ -297,6 +305,7 @@ def test_what_happens_between_two_turns_counts(end: str) -> None:
         line.settle()
         assert line.answers[2:] == [b"/now:2"]
     else:
+        assert line.app.asked == [answer.partition(b":")[2] for answer in line.answers]
         assert line.connection.phase is Phase.CLOSING
         assert line.connection.unread > 0  # so that the closing side reads it away (RFC 9112 9.6)
 
@@ -314,6 +323,18 @@ def test_nothing_is_looked_at_while_an_answer_is_outstanding() -> None:
     assert line.reading
     assert line.answers == [b"/later:1", b"/now:2"]
     assert line.handed_on == b"x" * (READ_BUFFER + 1)
+
+
+def test_a_share_is_read_on_behind_an_outstanding_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its turn to be read from is not its next request's turn to be answered."""
+    monkeypatch.setattr(door, "SHARE", 40)
+    line = Line()
+    line.feed(request("/later", b"1") + request("/now", b"2"))
+    for turn in line.later:
+        turn()
+    assert line.answers == []
+    line.settle()
+    assert line.answers == [b"/later:1", b"/now:2"]
 
 
 def test_who_sends_much_is_read_from_a_share_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

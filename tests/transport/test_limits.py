@@ -233,6 +233,25 @@ async def test_connection_cap_under_simultaneous_connects(serve: Serve) -> None:
     assert running.events.seen.count(("refused", "limit")) >= 9
 
 
+async def test_a_flood_of_connects_leaves_others_their_turn() -> None:
+    """No more than four connections are accepted in a pass of the event loop; all are, in the end."""
+    accepted: list[socket.socket] = []
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        sock.setblocking(False)
+        peers = [socket.create_connection(sock.getsockname()) for _ in range(10)]
+        acceptor = listeners.Acceptor(sock, accepted.append)
+        most = 0
+        async with asyncio.timeout(20):
+            while len(accepted) < len(peers):
+                before = len(accepted)
+                await asyncio.sleep(0)
+                most = max(most, len(accepted) - before)
+        acceptor.close()
+    for each in (*accepted, *peers):
+        each.close()
+    assert most <= 4
+
+
 async def test_connection_age(serve: Serve) -> None:
     """Past its age the next answer is the connection's last one."""
     running = await serve(limits=Limits(max_connection_age=0.05))

@@ -81,6 +81,7 @@ scraps = st.sampled_from(
         "null",
         "\\",
         "\\u007d,",
+        "\\ud800",
         "\u00e9",
         '],"items":[',
         '],"x":[',
@@ -177,6 +178,8 @@ def bodies(draw: st.DrawFn) -> bytes:
 @example(f'{{"items":[{GOOD},{{"key_id":"'.encode() + b'\xff","plaintext":""},7]}')
 @example(b'{"items":[{"key_id":"' + b"},{" * 40 + b'","plaintext":""},{"key_id":"\\\\","plaintext":""}]}')
 @example(b'{"items":[' + b'[[],{"a":[]}],' * 9 + b"0]}")
+@example(f'{{"items":[7,{GOOD},{{"key_id":"\\ud800","plaintext":""}}]}}'.encode())
+@example(f'{{"items":[{GOOD},{{"key_id":"\\ud800","plaintext":""}},7]}}'.encode())
 @example(b'{"items":[]}')
 @example(b'{"items":[ ' + b" " * 99 + b"]}")
 def test_pieces_are_read_as_the_whole_is(body: bytes) -> None:

@@ -30,6 +30,7 @@ from progressdb_kms.usecases.messages import (
     RewrapRequest,
     WrappedDek,
     encode,
+    quotes_in,
 )
 
 ENCRYPT = Reader(EncryptItem)
@@ -296,6 +297,12 @@ def test_answers_are_base64_or_raw() -> None:
     """JSON carries padded standard base64, msgpack the bytes themselves."""
     assert encode(JSON, Decrypted(b"\xfb\xff")) == b'{"plaintext":"+/8="}'
     assert msgspec.msgpack.decode(encode(MSGPACK, Decrypted(b"\xfb\xff"))) == {"plaintext": b"\xfb\xff"}
+
+
+@given(st.lists(st.text('a"\\/\u00e9', max_size=6), max_size=6))
+def test_quotes_are_counted_where_some_are_escaped(texts: list[str]) -> None:
+    """Two for each string, whatever is in it: else each body with a backslash would be looked at twice."""
+    assert quotes_in(json.dumps(texts).encode()) == 2 * len(texts)
 
 
 # --- properties over the parsers -------------------------------------------------------------------
