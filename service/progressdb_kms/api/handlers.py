@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from progressdb_kms.api.call import Answer, Call
-from progressdb_kms.api.longbatch import LONG_BYTES, answer_in_slices, with_turns
+from progressdb_kms.api.longbatch import LONG_BYTES, answer_in_slices, create_in_slices, with_turns
 from progressdb_kms.api.models import (
     AuditRecords,
     BackupList,
@@ -98,7 +98,7 @@ async def create_dek_batch(call: Call) -> bytes:
         items = _CREATE_BATCH.read(call.content_type, call.body, limit)
     wanted = [_wanted(_CREATE_BATCH.item(call.content_type, item)) for item in items]
     call.session.charge(len(wanted) - 1)
-    results = await lifecycle.create_deks(call.kms, call.session, wanted, call.request_id)
+    results = await create_in_slices(call, wanted)
     for result in results:
         if isinstance(result, PermissionDenied):
             call.kms.refusals.note(result, "/create_dek_batch", call.request_id)

@@ -123,7 +123,6 @@ class _Pieces(Generic[T]):
         self._item = item
         self._decoder = decoder
         self._limit = limit
-        self._raw = False  # from the first item on that is not of the model: then no other has to be either
 
     def take(self, array: bytes) -> int:
         """Read the items of a piece; returns how many there are.
@@ -136,7 +135,6 @@ class _Pieces(Generic[T]):
             found = self._read(array)
         except msgspec.ValidationError:
             found = _raw_items(array)
-            self._raw = True
         except (msgspec.DecodeError, ValueError, RecursionError):
             raise MalformedBody from None
         _within(self._limit, len(self.items) + len(found))
@@ -144,10 +142,9 @@ class _Pieces(Generic[T]):
         return len(found)
 
     def _read(self, array: bytes) -> Sequence[T | msgspec.Raw]:
-        if not self._raw:
-            items = self._decoder.decode(array)
-            if quotes_in(array) == sum(map(self._item.quotes, items)):
-                return items
+        items = self._decoder.decode(array)
+        if quotes_in(array) == sum(map(self._item.quotes, items)):
+            return items
         return _raw_items(array)
 
 
