@@ -217,6 +217,7 @@ def test_a_stream_cut_anywhere(requests: list[tuple[bool, bytes, bytes]], data: 
     begin = 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(door, "SHARE", data.draw(st.sampled_from([16, door.SHARE])))
+        patch.setattr(door, "PIECE", data.draw(st.sampled_from([80, door.PIECE])))
         for end, step in [*sorted(cuts), (len(stream), True)]:
             if end > begin:
                 line.feed(stream[begin:end])

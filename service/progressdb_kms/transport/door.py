@@ -213,12 +213,13 @@ class Door:
         self._whole = 0
         self._connection.late = None
         self._connection.bytes_taken(whole)
-        if len(buffer) > whole or whole <= PIECE:
+        if whole <= PIECE:
             body = bytes(buffer[begin:whole])
             del buffer[:whole]
             return body
-        # Copying 16 MiB would take longer than anybody may hold the event loop.
-        self._buffer = bytearray()
+        # Copying 16 MiB would take longer than anybody may hold the event loop; what is behind is short.
+        self._buffer = buffer[whole:]
+        del buffer[whole:]
         del buffer[:begin]
         return cast("bytes", buffer)
 
