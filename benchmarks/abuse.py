@@ -75,7 +75,7 @@ def main() -> None:
     rows = []
     with service() as ready:
         os.sched_setaffinity(0, {(os.cpu_count() or 1) - 1})
-        target = _target(ready)
+        target = make_target(ready)
         for _ in range(options.rounds):
             before = _spell(ready, target, options.seconds)
             for attack in chosen:
@@ -99,7 +99,8 @@ def _values(spell: Spell) -> tuple[float, float, int, float]:
     return spell.p50, spell.p99, spell.failed, spell.busy
 
 
-def _target(ready: dict[str, Any]) -> Target:
+def make_target(ready: dict[str, Any]) -> Target:
+    """Return the service as the attacks know it, with a key."""
     url = urlsplit(ready["url"])
     clients = ready["clients"]
     certificates = {

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from progressdb_kms.client import open_sync_provider
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 HERE = Path(__file__).parent
 TOOLS = HERE / ".tools"
@@ -113,14 +113,17 @@ def find_generator() -> Path:
 
 
 @contextmanager
-def service() -> Iterator[dict[str, Any]]:
-    """Run a development instance, the service on the first core, its store on the second."""
+def service(program: Sequence[str] = ("-m", "progressdb_kms.cli")) -> Iterator[dict[str, Any]]:
+    """Run a development instance, the service on the first core, its store on the second.
+
+    Args:
+        program: The command line, as Python is told of it.
+    """
     with tempfile.TemporaryDirectory() as directory:
         ready_file = Path(directory) / "ready"
         command = [
             sys.executable,
-            "-m",
-            "progressdb_kms.cli",
+            *program,
             "dev",
             "--dir",
             f"{directory}/dev",

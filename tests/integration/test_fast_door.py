@@ -310,6 +310,16 @@ def test_a_hot_request_behind_a_slow_one_keeps_its_place(world: World, material:
         ]
 
 
+def test_a_pipeline_is_the_doors(world: World, material: dict[str, Any]) -> None:
+    """A hundred requests in one piece, keys from memory or not: all are answered by it, in order."""
+    known = requests(material)
+    names = ["encrypt", "decrypt", "wrapped", "encrypt, no such key", "health"] * 20
+    before = world.instances[0].metric("kms_fast_door_requests_total")
+    found = both(world, [b"".join(known[name] for name in names)])
+    assert [status.split()[1] for status, _, _ in found] == ["200", "200", "200", "404", "200"] * 20
+    assert world.instances[0].metric("kms_fast_door_requests_total") == before + len(names)
+
+
 def test_a_byte_at_a_time(world: World, material: dict[str, Any]) -> None:
     """Requests in the smallest pieces are answered, alike and by the door."""
     raw = requests(material)["encrypt"] + requests(material)["wrapped"]

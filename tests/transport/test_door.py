@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, Iterable
 from functools import partial
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from progressdb_kms.settings import Limits
+from progressdb_kms.transport import door
 from progressdb_kms.transport.connection import READ_BUFFER, Connection, Phase
 from progressdb_kms.transport.door import Door, RawAnswer, Ready
 from progressdb_kms.transport.ordinary import Head
@@ -29,12 +31,14 @@ class Echo:
 
     body_limit = 100
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, asked: list[bytes]) -> None:
         self.path = path
+        self.asked = asked
 
     def answer(self, session: object, body: bytes) -> RawAnswer | Callable[[], Awaitable[RawAnswer]]:
         """Answer, or return what waits."""
         assert session == "the session"
+        self.asked.append(body)
         answer = 200, b"", self.path.encode() + b":" + body, self.path == "/last"
         return partial(self._wait, answer) if self.path == "/later" else answer
 
@@ -53,9 +57,12 @@ class App:
 
     starts: tuple[bytes, ...] = (b"POST /now HTTP/1.1", b"POST /later HTTP/1.1", b"POST /last HTTP/1.1")
 
+    def __init__(self) -> None:
+        self.asked: list[bytes] = []
+
     def ready(self, head: Head) -> Ready | None:
         """Know the route, unless a field asks for something else."""
-        return None if "odd" in head.fields else Echo(head.path)
+        return None if "odd" in head.fields else Echo(head.path, self.asked)
 
 
 class Task:
@@ -93,8 +100,10 @@ class Line:
         self.tasks: list[Task] = []
         self.blocked = False
         self.reading = True
+        self.later: list[Callable[[], None]] = []
+        self.app = App()
         self.door = Door(
-            app=App(),
+            app=self.app,
             session="the session",
             connection=self.connection,
             transport=self,  # type: ignore[arg-type]  # likewise
@@ -103,6 +112,7 @@ class Line:
             start=self.start,
             write=self.write_all,
             blocked=lambda: self.blocked,
+            soon=self.later.append,
         )
 
     def feed(self, data: bytes) -> None:
@@ -125,23 +135,27 @@ class Line:
         return self.tasks[-1]
 
     def step(self) -> None:
-        """Let the outstanding answer get on."""
+        """Let the event loop make a pass: what was left for it, and the outstanding answer."""
+        due = self.later[:]
+        self.later.clear()
+        for each in due:
+            each()
         for task in [task for task in self.tasks if not task.done]:
             task.step()
 
     def settle(self) -> None:
         """Let all answers be given."""
-        while not all(task.done for task in self.tasks):
+        while self.later or not all(task.done for task in self.tasks):
             self.step()
 
     def write(self, data: bytes) -> None:
         """Take an answer: the transport's part."""
         self.answers.append(data.partition(b"\r\n\r\n")[2])
 
-    async def write_all(self, data: bytes) -> None:
+    async def write_all(self, parts: Iterable[bytes]) -> None:
         """Take an answer in pieces."""
         await Pause()
-        if data:
+        if data := b"".join(parts):
             self.write(data)
 
     def is_closing(self) -> bool:
@@ -201,13 +215,16 @@ def test_a_stream_cut_anywhere(requests: list[tuple[bool, bytes, bytes]], data: 
     cuts = data.draw(st.lists(st.tuples(st.integers(0, len(stream)), st.booleans()), max_size=12))
     line = Line()
     begin = 0
-    for end, step in [*sorted(cuts), (len(stream), True)]:
-        if end > begin:
-            line.feed(stream[begin:end])
-        begin = end
-        if step:
-            line.step()
-    line.settle()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(door, "SHARE", data.draw(st.sampled_from([16, door.SHARE])))
+        patch.setattr(door, "PIECE", data.draw(st.sampled_from([80, door.PIECE])))
+        for end, step in [*sorted(cuts), (len(stream), True)]:
+            if end > begin:
+                line.feed(stream[begin:end])
+            begin = end
+            if step:
+                line.step()
+        line.settle()
     answered = len(line.answers)
     assert line.answers == [answer for _, answer, _ in requests[:answered]]
     assert all(hot for hot, _, _ in requests[:answered])
@@ -234,12 +251,64 @@ def test_hot_requests_one_after_the_other_stay_at_the_door(paths: list[str], dat
         if wait:
             line.settle()
     line.settle()
-    if line.handed_on is None:
-        assert line.answers == [f"{path}:{number}".encode() for number, path in enumerate(paths)]
-        assert line.connection.phase is Phase.IDLE
+    assert line.handed_on is None
+    assert line.answers == [f"{path}:{number}".encode() for number, path in enumerate(paths)]
+    assert line.connection.phase is Phase.IDLE
+
+
+def test_each_further_request_of_a_piece_waits_for_its_turn() -> None:
+    """One is answered at once, the others one a turn, in order, with what comes meanwhile behind them."""
+    line = Line()
+    line.feed(b"".join(request("/now", b"%d" % number) for number in range(4)))
+    assert line.answers == [b"/now:0"]
+    assert line.connection.phase.name == "HEADERS"
+    line.step()
+    line.feed(request("/later", b"4") + request("/now", b"5")[:-1])
+    assert line.answers == [b"/now:0", b"/now:1"]
+    line.settle()
+    assert line.answers == [b"/now:0", b"/now:1", b"/now:2", b"/now:3", b"/later:4"]
+    assert line.connection.deadline == LIMITS.body_timeout
+    line.feed(b"5")
+    assert line.answers[-1] == b"/now:5"
+    assert line.connection.phase is Phase.IDLE
+    assert line.connection.unread == 0
+
+
+def test_a_peer_that_pipelines_without_end_is_held_back() -> None:
+    """No more is read than can be kept, until the turns have made room."""
+    line = Line()
+    raw = request("/now", b"x" * 100)
+    line.feed(raw * (READ_BUFFER // len(raw) + 3))
+    assert not line.reading
+    line.settle()
+    assert line.reading
+    assert len(line.answers) == READ_BUFFER // len(raw) + 3
+
+
+@pytest.mark.parametrize("end", ["last", "drain", "abort", "blocked"])
+def test_what_happens_between_two_turns_counts(end: str) -> None:
+    """A last answer, a drain, a revocation, a peer that does not read: nothing is answered past them."""
+    line = Line()
+    second = request("/last" if end == "last" else "/now", b"1")
+    line.feed(request("/now", b"0") + second + request("/now", b"2"))
+    if end == "drain":
+        line.connection.close_after_response()
+        line.connection.finish_if_idle("drain")
+    elif end == "abort":
+        line.connection.abort("revoked")
+    line.blocked = end == "blocked"
+    line.step()
+    line.step()
+    expected = {"last": b"/last:1", "drain": b"/now:1", "blocked": b"/now:1"}
+    assert line.answers == [b"/now:0", *filter(None, [expected.get(end)])]
+    if end == "blocked":
+        line.blocked = False
+        line.settle()
+        assert line.answers[2:] == [b"/now:2"]
     else:
-        # Only several at once, behind one whose answer is outstanding, are a pipeline.
-        assert "/later" in paths[:-2]
+        assert line.app.asked == [answer.partition(b":")[2] for answer in line.answers]
+        assert line.connection.phase is Phase.CLOSING
+        assert line.connection.unread > 0  # so that the closing side reads it away (RFC 9112 9.6)
 
 
 def test_nothing_is_looked_at_while_an_answer_is_outstanding() -> None:
@@ -253,8 +322,35 @@ def test_nothing_is_looked_at_while_an_answer_is_outstanding() -> None:
     assert not line.reading
     line.settle()
     assert line.reading
-    assert line.answers == [b"/later:1"]
-    assert line.handed_on == request("/now", b"2") + b"x" * (READ_BUFFER + 1)
+    assert line.answers == [b"/later:1", b"/now:2"]
+    assert line.handed_on == b"x" * (READ_BUFFER + 1)
+
+
+def test_a_share_is_read_on_behind_an_outstanding_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its turn to be read from is not its next request's turn to be answered."""
+    monkeypatch.setattr(door, "SHARE", 40)
+    line = Line()
+    line.feed(request("/later", b"1") + request("/now", b"2"))
+    for turn in line.later:
+        turn()
+    assert line.answers == []
+    line.settle()
+    assert line.answers == [b"/later:1", b"/now:2"]
+
+
+def test_who_sends_much_is_read_from_a_share_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long piece is the last one of its connection in a pass of the event loop."""
+    monkeypatch.setattr(door, "SHARE", 40)
+    line = Line()
+    raw = request("/later", b"x" * 100)
+    line.feed(raw[:80])
+    assert not line.reading
+    line.step()
+    assert line.reading
+    line.feed(raw[80:])
+    line.settle()
+    assert line.reading
+    assert line.answers == [b"/later:" + b"x" * 100]
 
 
 def test_a_peer_that_does_not_read_is_waited_for() -> None:

@@ -13,6 +13,7 @@ from progressdb_kms.settings import Limits
 from progressdb_kms.transport import listeners
 from progressdb_kms.transport import server as server_module
 from progressdb_kms.transport.connection import Phase
+from progressdb_kms.transport.door import PIECE
 from tests.transport.conftest import eventually
 from tests.transport.pki import client_context
 
@@ -134,6 +135,38 @@ async def test_a_large_answer_arrives_whole(serve: Serve) -> None:
     assert len((await peer.get("/large?70000")).body) == 70_000
 
 
+async def test_others_get_their_turn_while_a_large_answer_is_written(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To a peer that reads as fast as it is written to, a piece goes out in a pass of the event loop."""
+    running = await serve()
+    peer = await running.unix_peer()
+    loop = asyncio.get_running_loop()
+    now = 0
+    written: list[int] = []
+    write = asyncio.StreamWriter.write
+
+    def look() -> None:
+        nonlocal now
+        now += 1
+        loop.call_soon(look)
+
+    def noting(writer: asyncio.StreamWriter, data: bytes) -> None:
+        if len(data) == PIECE:
+            written.append(now)
+        write(writer, data)
+
+    async def nothing_to_wait_for(_writer: asyncio.StreamWriter) -> None:
+        pass
+
+    look()
+    monkeypatch.setattr(asyncio.StreamWriter, "write", noting)
+    monkeypatch.setattr(asyncio.StreamWriter, "drain", nothing_to_wait_for)
+    assert len((await peer.get(f"/large?{20 * PIECE}")).body) == 20 * PIECE
+    assert len(written) == 20
+    assert len(set(written)) >= 19  # the first two go out at once
+
+
 def read_late(sock: socket.socket, context: ssl.SSLContext, told: Callable[[], bool]) -> bytes:
     """Ask for a last answer, and read it only after ``told``."""
     with context.wrap_socket(sock, server_hostname="localhost") as connection:
@@ -198,6 +231,25 @@ async def test_connection_cap_under_simultaneous_connects(serve: Serve) -> None:
     assert running.events.seen.count(("opened", "tls")) == 3
     assert running.server.connections == 3
     assert running.events.seen.count(("refused", "limit")) >= 9
+
+
+async def test_a_flood_of_connects_leaves_others_their_turn() -> None:
+    """No more than four connections are accepted in a pass of the event loop; all are, in the end."""
+    accepted: list[socket.socket] = []
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        sock.setblocking(False)
+        peers = [socket.create_connection(sock.getsockname()) for _ in range(10)]
+        acceptor = listeners.Acceptor(sock, accepted.append)
+        most = 0
+        async with asyncio.timeout(20):
+            while len(accepted) < len(peers):
+                before = len(accepted)
+                await asyncio.sleep(0)
+                most = max(most, len(accepted) - before)
+        acceptor.close()
+    for each in (*accepted, *peers):
+        each.close()
+    assert most <= 4
 
 
 async def test_connection_age(serve: Serve) -> None:

@@ -18,3 +18,18 @@ def test_the_limit_of_open_files_is_raised():
     assert quiet == "''"
     assert "256 open files are allowed, and limits.max_connections can need 300" in rest
     assert rest.strip().endswith("256 256")
+
+
+SPARED = """
+import gc
+from progressdb_kms import process
+before = len(gc.get_objects())
+process.spare_what_is_there()
+print(before > 1000, len(gc.get_objects()) < 100)
+"""
+
+
+def test_the_garbage_collector_spares_what_is_there():
+    """It looks at what came later only."""
+    done = subprocess.run([sys.executable, "-c", SPARED], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True"]

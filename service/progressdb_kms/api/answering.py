@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 
-from progressdb_kms.api.call import Call, Route
+from progressdb_kms.api.call import Answer, Call, Route
 from progressdb_kms.api.loglimit import LogLimit
 from progressdb_kms.api.problems import status_of
 from progressdb_kms.domain import errors
@@ -95,7 +95,7 @@ def authorise(route: Route, session: Session) -> None:
             grants.require(route.permission)
 
 
-async def perform(route: Route, call: Call, limits: Limits) -> bytes:
+async def perform(route: Route, call: Call, limits: Limits) -> Answer:
     """Run a route's handler, within the caller's limits and the time for it; returns the answer's body.
 
     Raises:

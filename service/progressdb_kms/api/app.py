@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final, cast
 from urllib.parse import parse_qs
 
 import structlog
@@ -27,7 +27,8 @@ from progressdb_kms.api.answering import (
     new_request_id,
     perform,
 )
-from progressdb_kms.api.call import Call, Route
+from progressdb_kms.api.call import Answer, Call, Route
+from progressdb_kms.api.longbatch import LONG_BYTES
 from progressdb_kms.api.openapi import openapi_document
 from progressdb_kms.api.problems import problem_of
 from progressdb_kms.api.routes import ROUTES
@@ -86,7 +87,7 @@ def _view(api: Api, hot: Hot, route: Route) -> Callable[..., Awaitable[Response]
     body_limit = api.body_limit(route)
 
     async def view(**path: str) -> Response:
-        async def respond(session: Session, request_id: str) -> tuple[str, bytes]:
+        async def respond(session: Session, request_id: str) -> tuple[str, Answer]:
             accept, content_type = _negotiate(needs_type=route.takes is not None and not route.body_optional)
             async with deadline(api.limits.body_timeout, errors.RequestTimeout):
                 body = await _read_body(body_limit)
@@ -117,7 +118,7 @@ def _view(api: Api, hot: Hot, route: Route) -> Callable[..., Awaitable[Response]
 
 def _unmatched(api: Api) -> Callable[[HTTPException], Awaitable[Response]]:
     async def handler(error: HTTPException) -> Response:
-        async def respond(_session: Session, _request_id: str) -> tuple[str, bytes]:
+        async def respond(_session: Session, _request_id: str) -> tuple[str, Answer]:
             if isinstance(error, NotFound):
                 raise errors.RouteNotFound
             if isinstance(error, MethodNotAllowed):
@@ -139,7 +140,7 @@ def _unmatched(api: Api) -> Callable[[HTTPException], Awaitable[Response]]:
 
 
 async def _answered(
-    api: Api, route: str, respond: Callable[[Session, str], Awaitable[tuple[str, bytes]]]
+    api: Api, route: str, respond: Callable[[Session, str], Awaitable[tuple[str, Answer]]]
 ) -> Response:
     began = time.perf_counter()
     request_id = given_request_id(request.headers.get("X-Request-Id", "")) or new_request_id()
@@ -148,8 +149,11 @@ async def _answered(
     context = log_context(request_id, request.headers.get("traceparent", ""))
     with structlog.contextvars.bound_contextvars(**context):
         try:
-            content_type, body = await respond(session, request_id)
-            response = Response(body, 200, content_type=content_type)
+            content_type, answer = await respond(session, request_id)
+            response = Response(answer, 200, content_type=content_type)
+            if isinstance(answer, list):
+                # Sent piece for piece, but not in chunks: how long it is is known.
+                response.content_length = sum(map(len, answer))
         except Exception as error:  # noqa: BLE001 - explained to log and caller
             shown = explain(api, route, error, request_id)
             code = shown.code
@@ -219,14 +223,13 @@ async def _read_body(limit: int) -> bytes:
     length = request.content_length
     if length is not None and length > limit:
         raise too_large
-    parts: list[Any] = []
-    size = 0
+    body = bytearray()
     try:
         async for part in request.body:
-            size += len(part)
-            if size > limit:
+            if len(body) + len(part) > limit:
                 raise too_large
-            parts.append(part)
+            body += part
     except RequestEntityTooLarge:
         raise too_large from None
-    return b"".join(parts)
+    # Copying 16 MiB would take longer than anybody may hold the event loop.
+    return bytes(body) if len(body) <= LONG_BYTES else cast("bytes", body)

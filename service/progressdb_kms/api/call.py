@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from progressdb_kms.domain.errors import InvalidParameter
 from progressdb_kms.domain.policy import Permission
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from progressdb_kms.usecases.context import Kms
     from progressdb_kms.usecases.loading import Loader
     from progressdb_kms.usecases.session import Session
+
+
+Answer: TypeAlias = "bytes | list[bytes]"
+"""An answer's body; a long one in pieces, so that nobody has to put it together in one go."""
 
 
 @dataclass(slots=True)
@@ -80,7 +84,7 @@ class Route:
 
     method: str
     path: str
-    handler: Callable[[Call], Awaitable[bytes]]
+    handler: Callable[[Call], Awaitable[Answer]]
     summary: str
     permission: Permission | None
     gives: Any

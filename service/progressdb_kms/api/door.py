@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
     from progressdb_kms.api.answering import Api, Counted
-    from progressdb_kms.api.call import Route
+    from progressdb_kms.api.call import Answer, Route
     from progressdb_kms.usecases.encryption import Hot, Loaded, Miss
     from progressdb_kms.usecases.session import Session
 
     HotFunction = Callable[[Session, str, str, bytes, Loaded], bytes | Miss]
-    RawAnswer = tuple[int, bytes, bytes, bool]
+    RawAnswer = tuple[int, bytes, Answer, bool]
 
 log = structlog.get_logger(__name__)
 
@@ -200,7 +200,7 @@ class HotRequest:
             except Exception as error:  # noqa: BLE001 - explained to log and caller
                 return self._failed(session, error, request_id, began)
 
-    async def _performed(self, session: Session, body: bytes, request_id: str) -> bytes:
+    async def _performed(self, session: Session, body: bytes, request_id: str) -> Answer:
         api, head, route = self._api, self._head, self._route
         authorise(route, session)
         idempotency_key = head.fields.get("idempotency-key")
@@ -223,11 +223,11 @@ class HotRequest:
     def _context(self, request_id: str) -> dict[str, str]:
         return log_context(request_id, self._head.fields.get("traceparent", ""))
 
-    def _done(self, session: Session, body: bytes, request_id: str, began: float) -> RawAnswer:
+    def _done(self, session: Session, body: Answer, request_id: str, began: float) -> RawAnswer:
         self._count(session, 200, "ok", request_id, began)
         head = b"%b%d\r\nx-request-id: %b\r\ncache-control: no-store\r\n" % (
             self._prefix,
-            len(body),
+            len(body) if isinstance(body, bytes) else sum(map(len, body)),
             request_id.encode(),
         )
         return 200, head, body, False

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from progressdb_kms.api.call import Call
-from progressdb_kms.api.longbatch import LONG_BYTES, answer_in_slices
+from progressdb_kms.api.call import Answer, Call
+from progressdb_kms.api.longbatch import LONG_BYTES, answer_in_slices, create_in_slices, with_turns
 from progressdb_kms.api.models import (
     AuditRecords,
     BackupList,
@@ -34,10 +34,10 @@ from progressdb_kms.domain.errors import (
 from progressdb_kms.domain.keys import KeyState, StateChange
 from progressdb_kms.domain.policy import Permission
 from progressdb_kms.usecases import auditread, dekrotation, lifecycle, rotationwatch
+from progressdb_kms.usecases.batches import BatchReader
 from progressdb_kms.usecases.encryption import DECRYPT_BATCH, ENCRYPT_BATCH, failed
 from progressdb_kms.usecases.lifecycle import Wanted
 from progressdb_kms.usecases.messages import (
-    BatchReader,
     CreatedDek,
     CreateItem,
     CreateRequest,
@@ -49,7 +49,7 @@ from progressdb_kms.usecases.messages import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 
 PAGE_DEFAULT: Final = 100
@@ -90,16 +90,23 @@ async def rotate_dek(call: Call) -> bytes:
 
 async def create_dek_batch(call: Call) -> bytes:
     """Make many DEKs."""
-    wanted = [
-        item if isinstance(item, KmsError) else Wanted(item.thread_id, item.once)
-        for item in _CREATE_BATCH.read(call.content_type, call.body, call.kms.bounds.batch_items)
-    ]
+    limit = call.kms.bounds.batch_items
+    items: Sequence[CreateItem | KmsError | msgspec.Raw]
+    if len(call.body) > LONG_BYTES:
+        items = await with_turns(_CREATE_BATCH.begin(call.content_type, call.body, limit))
+    else:
+        items = _CREATE_BATCH.read(call.content_type, call.body, limit)
+    wanted = [_wanted(_CREATE_BATCH.item(call.content_type, item)) for item in items]
     call.session.charge(len(wanted) - 1)
-    results = await lifecycle.create_deks(call.kms, call.session, wanted, call.request_id)
+    results = await create_in_slices(call, wanted)
     for result in results:
         if isinstance(result, PermissionDenied):
             call.kms.refusals.note(result, "/create_dek_batch", call.request_id)
     return call.answer(Results([failed(r) if isinstance(r, KmsError) else CreatedDek.of(r) for r in results]))
+
+
+def _wanted(item: CreateItem | KmsError) -> Wanted | KmsError:
+    return item if isinstance(item, KmsError) else Wanted(item.thread_id, item.once)
 
 
 async def encrypt(call: Call) -> bytes:
@@ -112,7 +119,7 @@ async def decrypt(call: Call) -> bytes:
     return await call.loader.answer(call.hot.decrypt, call.session, call.content_type, call.accept, call.body)
 
 
-async def encrypt_batch(call: Call) -> bytes:
+async def encrypt_batch(call: Call) -> Answer:
     """Encrypt many messages."""
     if len(call.body) > LONG_BYTES:
         return await answer_in_slices(
@@ -123,7 +130,7 @@ async def encrypt_batch(call: Call) -> bytes:
     )
 
 
-async def decrypt_batch(call: Call) -> bytes:
+async def decrypt_batch(call: Call) -> Answer:
     """Decrypt many messages."""
     if len(call.body) > LONG_BYTES:
         return await answer_in_slices(

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from progressdb_kms.api.loglimit import LogLimit
+
 if TYPE_CHECKING:
     from progressdb_kms.observability.metrics import Metrics
 
@@ -17,11 +19,17 @@ class Events:
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
+        self._lines = LogLimit()
 
     def handshake_refused(self, reason: str, peer: str) -> None:
-        """Count and log a refused handshake, so that operators see who is kept out, and why."""
+        """Count and log a refused handshake, so that operators see who is kept out, and why.
+
+        Each is counted; a line is written once a second for each reason and host, as being refused any
+        number of times takes no certificate.
+        """
         self._metrics.handshake_refused(reason)
-        log.warning("handshake_refused", reason=reason, peer=peer)
+        if (left_out := self._lines.allow((reason, peer.rpartition(":")[0]))) is not None:
+            log.warning("handshake_refused", reason=reason, peer=peer, left_out=left_out)
 
     def connection_opened(self, kind: str) -> None:
         """Count it."""

@@ -35,7 +35,7 @@ from progressdb_kms.domain.errors import (
 from progressdb_kms.files import Watch
 from progressdb_kms.observability.logs import configure_logs
 from progressdb_kms.observability.metrics import CONTENT_TYPE, Metrics
-from progressdb_kms.process import allow_descriptors, harden
+from progressdb_kms.process import allow_descriptors, harden, spare_what_is_there
 from progressdb_kms.settings import Limits, Settings
 from progressdb_kms.store.redis import RedisStore, open_store
 from progressdb_kms.transport.server import Server
@@ -378,6 +378,7 @@ async def serve(settings: Settings, *, on_ready: Callable[[Addresses], None] | N
         stopped.cancel()
         await service.abort()
         raise
+    spare_what_is_there()
     addresses = Addresses(service.server.tcp_address, service.server.admin_address, service.server.unix_path)
     log.info(
         "serving",

@@ -1,14 +1,17 @@
 """The fast door: answers ordinary requests for hot routes without a task, a framework or a second parser.
 
-A connection begins at the door. Its input is looked at as it comes: exactly one whole, wholly ordinary
-request (``transport.ordinary``) for a route that the app has made ready is answered on the spot, or, where
-the answer has to wait for the store, by one task. Anything else goes on unchanged to Hypercorn, and so does
-all that ever follows on this connection: from then on its parser alone knows where the next request begins.
+A connection begins at the door. Its input is looked at as it comes: a whole, wholly ordinary request
+(``transport.ordinary``) for a route that the app has made ready is answered on the spot, or, where the
+answer has to wait for the store, by one task. Anything else goes on unchanged to Hypercorn, and so does all
+that ever follows on this connection: from then on its parser alone knows where the next request begins.
 
 What keeps it honest:
 
 - It takes a strict subset of what the slow way takes, with the same handlers, checks, limits and errors.
 - Order: while an answer is outstanding nothing that follows is looked at, only kept, up to a bound.
+- Of several requests that came at once the first is answered at once; each further one waits for this
+  connection's turn (``transport.turns``), so that nobody else waits for all of them.
+- Of a long body a share is read, then others are, however fast it comes.
 - A request in pieces is kept until it is whole, under the deadlines that the slow way has.
 - A peer that does not read its answers is not read from either, and is cut at the write deadline.
 - Drain, revocation, age, idle time and the count of connections see one connection, whoever answers.
@@ -19,14 +22,14 @@ from __future__ import annotations
 import time
 from email.utils import formatdate
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias, cast
 
 from progressdb_kms.transport.connection import READ_BUFFER, Connection, Phase
 from progressdb_kms.transport.ordinary import HEAD_END, Head, parse_head
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterable, Iterator
 
     from progressdb_kms.settings import Limits
 
@@ -34,12 +37,14 @@ if TYPE_CHECKING:
 
 # The same as one write of the slow way's.
 PIECE: Final = 2**16
+# Whoever sends so much at once has more to send, which a loop would read 32 times before it serves another.
+SHARE: Final = 2**16
 _CLOSE: Final = b"connection: close\r\n"
 _STATUS: Final = {status.value: b"HTTP/1.1 %d \r\n" % status for status in HTTPStatus}
 
 
-RawAnswer: TypeAlias = tuple[int, bytes, bytes, bool]
-"""Status, header lines, body, and whether the connection must close after it."""
+RawAnswer: TypeAlias = "tuple[int, bytes, bytes | list[bytes], bool]"
+"""Status, header lines, body (a long one in pieces), and whether the connection must close after it."""
 
 
 class Ready(Protocol):
@@ -49,7 +54,10 @@ class Ready(Protocol):
     """Bytes; a longer body is the slow way's to refuse."""
 
     def answer(self, session: object, body: bytes) -> RawAnswer | Later:
-        """Answer a request, or return what will; neither ever raises but for cancellation."""
+        """Answer a request, or return what will; neither ever raises but for cancellation.
+
+        A long body may be a bytearray, which nobody changes any more.
+        """
 
     def late(self, session: object) -> RawAnswer:
         """Answer a request whose body did not come in time."""
@@ -76,8 +84,9 @@ class Door:
         limits: Sizes in bytes and times in seconds.
         hand_on: Gives input, already counted, to the slow way; after it the door is never asked again.
         start: Runs a coroutine function as a task of the connection.
-        write: Writes an answer in pieces and waits until the peer has taken it.
+        write: Writes the pieces of an answer and waits until the peer has taken them.
         blocked: Tells whether the transport asked for a pause in writing.
+        soon: Calls a function once, after others had their turn.
     """
 
     __slots__ = (
@@ -93,9 +102,11 @@ class Door:
         "_paused",
         "_ready",
         "_session",
+        "_soon",
         "_start",
         "_task",
         "_transport",
+        "_turning",
         "_whole",
         "_write",
     )
@@ -110,8 +121,9 @@ class Door:
         limits: Limits,
         hand_on: Callable[[bytes], None],
         start: Callable[..., asyncio.Task[None]],
-        write: Callable[[bytes], Awaitable[None]],
+        write: Callable[[Iterable[bytes]], Awaitable[None]],
         blocked: Callable[[], bool],
+        soon: Callable[[Callable[[], None]], object],
     ) -> None:
         self._app = app
         self._session = session
@@ -128,8 +140,15 @@ class Door:
         self._buffer = bytearray()
         self._whole = 0  # bytes of the request that is being gathered, once its head is known
         self._busy = False
+        self._turning = False
         self._paused = False
         self._task: asyncio.Task[None] | None = None
+        self._soon = soon
+
+    @property
+    def turning(self) -> bool:
+        """Whether whole requests may have been received that wait for this connection's turn."""
+        return self._turning
 
     def close(self) -> None:
         """Give up the answer that is outstanding: nobody is there to take it."""
@@ -154,17 +173,19 @@ class Door:
         self._gather(data)
 
     def _gather(self, data: bytes) -> None:
-        """Keep what is no whole request, as far as it may still become one."""
+        """Keep what is no whole request, as far as it may still become one, or what has to wait."""
         self._connection.bytes_arrived(len(data))
         self._buffer += data
-        if not self._busy:
-            self._look()
-        elif len(self._buffer) > READ_BUFFER and not self._paused:
-            self._paused = True
-            self._transport.pause_reading()
+        if self._busy or self._turning:
+            self._flow()
+            return
+        self._look()
+        if len(data) >= SHARE and self._buffer:
+            self._pause()
+            self._wait()
 
     def _look(self) -> None:
-        """Decide on what has been kept."""
+        """Answer a request that has been kept whole; what comes after it waits for this connection's turn."""
         buffer, connection = self._buffer, self._connection
         if not self._whole:
             end = buffer.find(HEAD_END) + 4
@@ -175,19 +196,61 @@ class Door:
             head = bytes(buffer[:end])
             if head != self._head:
                 self._make_ready(head)
-            if self._ready is None or len(buffer) > end + self._length:
+            if self._ready is None:
                 self._give_up()
                 return
             self._whole = end + self._length
             connection.body_began(self._late)
-        if len(buffer) > self._whole:
-            # What follows came before this one was answered: a pipeline, whose order is the parser's.
-            self._give_up()
-        elif len(buffer) == self._whole and self._ready is not None:
-            body = bytes(buffer[len(self._head) :])
-            self._forget()
-            connection.bytes_taken(len(self._head) + len(body))
+        if len(buffer) >= self._whole and self._ready is not None:
+            body = self._taken()
             self._answer(self._ready, body)
+            if self._buffer and not self._busy and connection.phase is not Phase.CLOSING:
+                self._wait()
+
+    def _taken(self) -> bytes:
+        """Take the whole request out of the buffer; returns its body."""
+        buffer, whole, begin = self._buffer, self._whole, len(self._head)
+        self._whole = 0
+        self._connection.late = None
+        self._connection.bytes_taken(whole)
+        if whole <= PIECE:
+            body = bytes(buffer[begin:whole])
+            del buffer[:whole]
+            return body
+        # Copying 16 MiB would take longer than anybody may hold the event loop; what is behind is short.
+        self._buffer = buffer[whole:]
+        del buffer[whole:]
+        del buffer[:begin]
+        return cast("bytes", buffer)
+
+    def _wait(self) -> None:
+        if not self._turning:
+            self._turning = True
+            self._soon(self._turn)
+
+    def _turn(self) -> None:
+        """Go on, now that the others had their turn. What is under way on the connection may have changed."""
+        self._turning = False
+        if self._buffer and not self._busy and self._connection.phase is not Phase.CLOSING:
+            self._look()
+        self._flow()
+
+    def _flow(self) -> None:
+        """Hold the peer back while it has sent more than can be looked at, and no longer."""
+        if (self._busy or self._turning) and len(self._buffer) > READ_BUFFER:
+            self._pause()
+        elif not self._transport.is_closing():
+            self._resume()
+
+    def _pause(self) -> None:
+        if not self._paused:
+            self._paused = True
+            self._transport.pause_reading()
+
+    def _resume(self) -> None:
+        if self._paused:
+            self._paused = False
+            self._transport.resume_reading()
 
     def _may_become_hot(self) -> bool:
         start = bytes(self._buffer[:96])
@@ -209,11 +272,6 @@ class Door:
         self._connection.late = None
         self._resume()
 
-    def _resume(self) -> None:
-        if self._paused:
-            self._paused = False
-            self._transport.resume_reading()
-
     def _give_up(self) -> None:
         """Leave this connection to the slow way, with all that it has not answered."""
         data = bytes(self._buffer)
@@ -229,7 +287,7 @@ class Door:
 
     def _answer(self, ready: Ready, body: bytes) -> None:
         answer = ready.answer(self._session, body)
-        if isinstance(answer, tuple) and len(answer[2]) <= PIECE:
+        if isinstance(answer, tuple) and isinstance(answer[2], bytes) and len(answer[2]) <= PIECE:
             self._send(answer)
         else:
             self._busy = True
@@ -242,7 +300,7 @@ class Door:
         if connection.phase is Phase.CLOSING or transport.is_closing():
             return
         close = answer[3] or connection.last_answer
-        transport.write(_bytes_of(answer, close=close))
+        transport.write(b"".join(_pieces_of(answer, close=close)))
         if close:
             connection.finish("done", answered=True)
         elif self._blocked():
@@ -260,7 +318,7 @@ class Door:
         if connection.phase is Phase.CLOSING:
             return
         close = answer[3] or connection.last_answer
-        await self._write(_bytes_of(answer, close=close))
+        await self._write(_pieces_of(answer, close=close))
         if close:
             connection.finish("done", answered=True)
         else:
@@ -268,7 +326,7 @@ class Door:
 
     async def _flush(self) -> None:
         """Wait until the peer has taken what was written."""
-        await self._write(b"")
+        await self._write((b"",))
         self._go_on()
 
     def _go_on(self) -> None:
@@ -276,13 +334,21 @@ class Door:
         self._busy = False
         self._connection.request_done(buffered=bool(self._buffer))
         if self._buffer and self._connection.phase is not Phase.CLOSING:
-            self._resume()
-            self._look()
+            self._wait()
+        self._flow()
 
 
-def _bytes_of(answer: RawAnswer, *, close: bool) -> bytes:
+def _pieces_of(answer: RawAnswer, *, close: bool) -> Iterator[bytes]:
     status, head, body, _ = answer
-    return b"%b%b%b%b%b" % (_STATUS[status], head, _CLOSE if close else b"", _date(), body)
+    head = b"%b%b%b%b" % (_STATUS[status], head, _CLOSE if close else b"", _date())
+    if isinstance(body, bytes):
+        yield head + body
+        return
+    yield head
+    body.reverse()
+    while body:
+        # Each is let go of once it is sent: freeing many MiB in one go takes milliseconds.
+        yield body.pop()
 
 
 class _Clock:

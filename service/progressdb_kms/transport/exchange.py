@@ -18,11 +18,14 @@ from progressdb_kms.transport.http1 import Http1
 from progressdb_kms.transport.inbox import ConnectionTasks, where
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from hypercorn.asyncio.worker_context import WorkerContext
     from hypercorn.config import Config
     from hypercorn.typing import AppWrapper
 
     from progressdb_kms.settings import Limits
+    from progressdb_kms.transport.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +47,7 @@ class Exchange(TCPServer):
         protocol: The event loop's end of it.
         door: Knows the hot routes; None where all requests go through the app.
         limits: Sizes and times of the door.
+        turns: Shared by all connections.
     """
 
     def __init__(  # noqa: PLR0913 - Hypercorn's six, and ours by name
@@ -59,6 +63,7 @@ class Exchange(TCPServer):
         protocol: ConnectionProtocol,
         door: DoorApp | None,
         limits: Limits,
+        turns: Turns,
     ) -> None:
         super().__init__(app, asyncio.get_running_loop(), config, context, state, reader, writer)
         self.connection = connection
@@ -67,6 +72,7 @@ class Exchange(TCPServer):
         self._protocol = protocol
         self._limits = limits
         self._door_app = door
+        self._turns = turns
         self._door: Door | None = None
 
     async def run(self) -> None:
@@ -113,13 +119,14 @@ class Exchange(TCPServer):
             start=tasks.start,
             write=self._write,
             blocked=lambda: self._protocol.blocked,
+            soon=self._turns.wait,
             limits=self._limits,
         )
 
     async def protocol_send(self, event: Event) -> None:
         """Carry out what the protocol asks for: bytes to send, the connection's end, a change of phase."""
         if isinstance(event, RawData):
-            await self._write(event.data)
+            await self._write((event.data,))
         elif isinstance(event, Closed):
             self.connection.finish("done", answered=True)
         elif isinstance(event, Updated):
@@ -128,17 +135,23 @@ class Exchange(TCPServer):
             else:
                 self.connection.request_began()
 
-    async def _write(self, data: bytes) -> None:
+    async def _write(self, parts: Iterable[bytes]) -> None:
         async with self.send_lock:
             self.connection.write_began()
             try:
                 # In pieces, as the loops' TLS layers take anything at once and only then ask to wait.
-                # Without data there is the waiting only.
-                for start in range(0, len(data) or 1, PIECE):
-                    if self.writer.is_closing():
-                        break  # uvloop raises for it, asyncio warns; the app hears of it through its inbox
-                    self.writer.write(data[start : start + PIECE])
-                    await self.writer.drain()
+                # Of nothing there is the waiting only.
+                written = 0
+                for part in parts:
+                    for start in range(0, len(part) or 1, PIECE):
+                        if self.writer.is_closing():
+                            return  # uvloop raises for it, asyncio warns; the app hears of it by its inbox
+                        self.writer.write(part[start : start + PIECE])
+                        await self.writer.drain()
+                        written += PIECE
+                        if written > PIECE:
+                            # To a peer that reads as fast as this writes there was nothing to wait for.
+                            await asyncio.sleep(0)
             except (ConnectionError, ssl.SSLError):
                 await self.http.handle(Closed())
             finally:
@@ -164,6 +177,10 @@ class Exchange(TCPServer):
         if not reading.cancelled():
             reading.result()
         if self._door is not None:
+            # A peer that has sent its requests and then its end may still read the answers.
+            # Its turn comes with a pass of the loop.
+            while self._door.turning and self.connection.phase is not Phase.CLOSING:  # noqa: ASYNC110 - see above
+                await asyncio.sleep(0)
             self._door.close()
         await self.http.handle(Closed())
 

@@ -26,6 +26,7 @@ from progressdb_kms.transport.identity import IdentityRefused, identity_of, peer
 from progressdb_kms.transport.inbox import where
 from progressdb_kms.transport.listeners import Acceptor, UnixSocket, listen_tcp
 from progressdb_kms.transport.refusal import handshake_reason, trusted_chain
+from progressdb_kms.transport.turns import Turns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -91,6 +92,7 @@ class Server:
         self._door = door
         self._config = http_config(limits.header_bytes)
         self._context = WorkerContext(None)
+        self._turns = Turns()
         self._tasks: dict[asyncio.Task[None], str] = {}
         self._handshakes: dict[socket.socket, asyncio.Task[None]] = {}
         self._api_open: dict[Connection, None] = {}
@@ -356,6 +358,7 @@ class Server:
             protocol=protocol,
             door=self._door if connection.identity is not None else None,
             limits=self._limits,
+            turns=self._turns,
         ).run()
 
     def _judge(self, tls: TlsHolder) -> None:

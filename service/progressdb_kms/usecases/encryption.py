@@ -14,9 +14,9 @@ from progressdb_kms.domain.envelope import NONCE_BYTES, open_sealed, seal
 from progressdb_kms.domain.errors import KeyExhausted, KmsError, PermissionDenied, PlaintextTooLarge
 from progressdb_kms.domain.keys import MAY_DECRYPT, MAY_ENCRYPT, refusal
 from progressdb_kms.domain.policy import Permission
+from progressdb_kms.usecases.batches import BatchReader
 from progressdb_kms.usecases.keycache import CachedDek
 from progressdb_kms.usecases.messages import (
-    BatchReader,
     Decrypted,
     DecryptItem,
     Encrypted,

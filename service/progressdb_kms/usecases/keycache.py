@@ -22,6 +22,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Final
 
+from msgspec import Struct
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
@@ -43,8 +45,11 @@ USES_BLOCK: Final = 2**16
 """Encryptions reserved at a time."""
 
 
-class CachedDek:
+class CachedDek(Struct, gc=False, eq=False, kw_only=True):
     """One unwrapped DEK.
+
+    The garbage collector does not look at it, as nothing in it refers to anything else: at 100,000 of them it
+    would hold the event loop for 30 ms.
 
     Attributes:
         key_id: Its handle.
@@ -58,36 +63,14 @@ class CachedDek:
         exhausted: The key has reached ``USES_LIMIT``.
     """
 
-    __slots__ = (
-        "cipher",
-        "exhausted",
-        "key_id",
-        "loaded_at",
-        "state",
-        "thread_id",
-        "uses_left",
-        "version",
-    )
-
-    def __init__(
-        self,
-        *,
-        key_id: str,
-        thread_id: str,
-        cipher: AESGCM,
-        state: KeyState,
-        version: str,
-        loaded_at: float,
-        exhausted: bool = False,
-    ) -> None:
-        self.key_id = key_id
-        self.thread_id = thread_id
-        self.cipher = cipher
-        self.state = state
-        self.version = version
-        self.loaded_at = loaded_at
-        self.uses_left = FREE_USES
-        self.exhausted = exhausted
+    key_id: str
+    thread_id: str
+    cipher: AESGCM
+    state: KeyState
+    version: str
+    loaded_at: float
+    uses_left: int = FREE_USES
+    exhausted: bool = False
 
     def __repr__(self) -> str:
         return f"CachedDek({self.key_id!r}, state={self.state!r})"

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import operator
-from collections.abc import Callable, Sequence
-from typing import Any, Final, Generic, TypeVar, cast
+from collections.abc import Callable
+from typing import Any, Final, Generic, TypeVar
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
 from progressdb_kms.domain.errors import (
-    BatchTooLarge,
     DuplicateField,
     InvalidField,
     KmsError,
@@ -161,20 +160,10 @@ class Results(Struct, frozen=True):
 T = TypeVar("T", bound=Struct)
 
 
-class _Batch(Struct, Generic[T], frozen=True, forbid_unknown_fields=True):
-    items: list[T]
-
-
-class _RawBatch(Struct, frozen=True, forbid_unknown_fields=True):
-    items: list[msgspec.Raw]
-
-
 _ENCODERS: Final[dict[str, Callable[[Any], bytes]]] = {
     JSON: msgspec.json.Encoder().encode,
     MSGPACK: msgspec.msgpack.Encoder().encode,
 }
-_JSON_RAW_BATCH: Final = msgspec.json.Decoder(_RawBatch)
-_MSGPACK_RAW_BATCH: Final = msgspec.msgpack.Decoder(_RawBatch)
 _MAP16: Final = 0xDE
 _MAP32: Final = 0xDF
 
@@ -225,110 +214,23 @@ class Reader(Generic[T]):
         try:
             if content_type == JSON:
                 message = self._json.decode(body)
-                raw = bytes(body)
-                if b"\\" in raw or raw.count(b'"') != self.quotes(message):
+                raw = bytes(body) if isinstance(body, msgspec.Raw) else body
+                if quotes_in(raw) != self.quotes(message):
                     _refuse_json_duplicates(raw)
                 return message
             if content_type == MSGPACK:
                 message = self._msgpack.decode(body)
-                if _declared(body) != self.present(message):
+                if declared(body) != self.present(message):
                     raise DuplicateField
                 return message
         except msgspec.MsgspecError as error:
-            raise _translated(error) from None
+            raise translated(error) from None
         except (ValueError, RecursionError):
             raise MalformedBody from None
         raise UnsupportedMediaType
 
 
-class BatchReader(Generic[T]):
-    """Reads ``{"items": [...]}``: one bad item is an error in its place, not the end of the batch.
-
-    Args:
-        model: The Struct of an item.
-    """
-
-    __slots__ = ("_item", "_json")
-
-    def __init__(self, model: type[T]) -> None:
-        self._item = Reader(model)
-        self._json = msgspec.json.Decoder(_Batch[model])  # type: ignore[valid-type]  # a model that is known at run time
-
-    def read(self, content_type: str, body: bytes, limit: int) -> list[T | KmsError]:
-        """Read a batch of at most ``limit`` items, in order.
-
-        Raises:
-            BatchTooLarge: More items, whatever they are.
-            MalformedBody, DuplicateField, InvalidField: The batch itself is not of the right form.
-            UnsupportedMediaType: Neither JSON nor msgpack.
-        """
-        if content_type == JSON:
-            # The whole batch in one pass; the slow way only where that finds something to look at.
-            try:
-                batch = self._json.decode(body)
-            except msgspec.ValidationError:
-                return self._each(JSON, body, _JSON_RAW_BATCH, limit)
-            except (msgspec.DecodeError, ValueError, RecursionError):
-                raise MalformedBody from None
-            _within(limit, len(batch.items))
-            if b"\\" in body or body.count(b'"') != 2 + sum(map(self._item.quotes, batch.items)):
-                return self._each(JSON, body, _JSON_RAW_BATCH, limit)
-            return cast("list[T | KmsError]", batch.items)
-        if content_type == MSGPACK:
-            return self._each(MSGPACK, body, _MSGPACK_RAW_BATCH, limit)
-        raise UnsupportedMediaType
-
-    def begin(self, content_type: str, body: bytes, limit: int) -> Sequence[T | KmsError | msgspec.Raw]:
-        """Read a batch as ``read`` does, but leave to ``item`` what would take long for all of it at once."""
-        if content_type == MSGPACK:
-            return self._raw(MSGPACK, body, _MSGPACK_RAW_BATCH, limit)
-        return self.read(content_type, body, limit)
-
-    def item(self, content_type: str, item: T | KmsError | msgspec.Raw) -> T | KmsError:
-        """Read an item that ``begin`` left, or return it as it is."""
-        if not isinstance(item, msgspec.Raw):
-            return item
-        try:
-            return self._item.read(content_type, item)
-        except KmsError as error:
-            return error
-
-    def _each(
-        self,
-        content_type: str,
-        body: bytes,
-        decoder: msgspec.json.Decoder[_RawBatch] | msgspec.msgpack.Decoder[_RawBatch],
-        limit: int,
-    ) -> list[T | KmsError]:
-        return [self.item(content_type, item) for item in self._raw(content_type, body, decoder, limit)]
-
-    @staticmethod
-    def _raw(
-        content_type: str,
-        body: bytes,
-        decoder: msgspec.json.Decoder[_RawBatch] | msgspec.msgpack.Decoder[_RawBatch],
-        limit: int,
-    ) -> list[msgspec.Raw]:
-        try:
-            raw = decoder.decode(body)
-            # Before anything is done for each: millions of tiny bad items fit into a body.
-            _within(limit, len(raw.items))
-            names = _declared(body) if content_type == MSGPACK else _json_names(body)
-        except msgspec.MsgspecError as error:
-            raise _translated(error) from None
-        except (ValueError, RecursionError):
-            raise MalformedBody from None
-        if names != 1:
-            raise DuplicateField
-        return raw.items
-
-
-def _within(limit: int, items: int) -> None:
-    if items > limit:
-        raise BatchTooLarge(f"a batch has at most {limit} items, this one has {items}")
-
-
-def _translated(error: msgspec.MsgspecError) -> KmsError:
+def translated(error: msgspec.MsgspecError) -> KmsError:
     """Return our error for one of msgspec's, without the field's name that its text may quote."""
     if not isinstance(error, msgspec.ValidationError):
         return MalformedBody()
@@ -337,7 +239,7 @@ def _translated(error: msgspec.MsgspecError) -> KmsError:
     return InvalidField("the body has an unknown field" if "unknown field" in text else text)
 
 
-def _declared(body: bytes | msgspec.Raw) -> int:
+def declared(body: bytes | msgspec.Raw) -> int:
     """Return how many fields a msgpack map's header declares.
 
     The decoder has taken each of them for a known field, so that a count above the number of distinct fields
@@ -351,12 +253,21 @@ def _declared(body: bytes | msgspec.Raw) -> int:
     return head[0] & 0x0F  # fixmap
 
 
+def quotes_in(text: bytes) -> int:
+    """Count the quotes in JSON that are not escaped."""
+    count = text.count(b'"')
+    if b"\\" in text:
+        # An escaped backslash escapes nothing; without those, whatever follows a backslash is escaped.
+        count -= text.replace(b"\\\\", b"").count(b'\\"')
+    return count
+
+
 def _refuse_json_duplicates(body: bytes) -> None:
     """Look closely at an item whose quotes don't add up.
 
-    Without a backslash in the body each quote begins or ends a string, and each string is a field's name or
-    its value. A field given twice brings at least two quotes more than the decoded message accounts for, and
-    nothing brings fewer, so an equal count proves that there is none; an unequal one brings us here.
+    Each quote that is not escaped begins or ends a string, and each string is a field's name or its value.
+    A field given twice brings at least two quotes more than the decoded message accounts for, and nothing
+    brings fewer, so an equal count proves that there is none; an unequal one brings us here.
     """
 
     def check(pairs: list[tuple[str, object]]) -> None:
@@ -365,15 +276,3 @@ def _refuse_json_duplicates(body: bytes) -> None:
 
     # Numbers stay text: Python refuses to convert one of thousands of digits.
     json.loads(body, object_pairs_hook=check, parse_int=str)
-
-
-def _json_names(body: bytes) -> int:
-    """Count the fields of a JSON object, doubles included."""
-    found = 0
-
-    def count(pairs: list[tuple[str, object]]) -> None:
-        nonlocal found
-        found = len(pairs)  # the outermost object is the last one to be finished
-
-    json.loads(body, object_pairs_hook=count, parse_int=str)
-    return found

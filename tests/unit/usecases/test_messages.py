@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from progressdb_kms.api.models import ScheduleDestruction
 from progressdb_kms.domain import errors
 from progressdb_kms.domain.errors import DuplicateField, InvalidField, KmsError, MalformedBody
+from progressdb_kms.usecases.batches import BatchReader
 from progressdb_kms.usecases.messages import (
     JSON,
     MSGPACK,
-    BatchReader,
     CreatedDek,
     CreateItem,
     CreateRequest,
@@ -30,6 +30,7 @@ from progressdb_kms.usecases.messages import (
     RewrapRequest,
     WrappedDek,
     encode,
+    quotes_in,
 )
 
 ENCRYPT = Reader(EncryptItem)
@@ -263,7 +264,7 @@ def test_too_many_items_are_refused_before_any_is_looked_at(
     """Whatever the items are: millions of bad ones would cost minutes and gigabytes."""
     monkeypatch.setattr(Reader, "read", None)  # the way item by item would fail at once
     for form, encoded in ((JSON, msgspec.json.encode), (MSGPACK, msgspec.msgpack.encode)):
-        with pytest.raises(errors.BatchTooLarge, match="at most 3 items, this one has 4"):
+        with pytest.raises(errors.BatchTooLarge, match="at most 3 items, this one has more"):
             BATCH.read(form, encoded({"items": [item] * 4}), 3)
 
 
@@ -296,6 +297,12 @@ def test_answers_are_base64_or_raw() -> None:
     """JSON carries padded standard base64, msgpack the bytes themselves."""
     assert encode(JSON, Decrypted(b"\xfb\xff")) == b'{"plaintext":"+/8="}'
     assert msgspec.msgpack.decode(encode(MSGPACK, Decrypted(b"\xfb\xff"))) == {"plaintext": b"\xfb\xff"}
+
+
+@given(st.lists(st.text('a"\\/\u00e9', max_size=6), max_size=6))
+def test_quotes_are_counted_where_some_are_escaped(texts: list[str]) -> None:
+    """Two for each string, whatever is in it: else each body with a backslash would be looked at twice."""
+    assert quotes_in(json.dumps(texts).encode()) == 2 * len(texts)
 
 
 # --- properties over the parsers -------------------------------------------------------------------

@@ -24,6 +24,7 @@ from progressdb_kms.domain.policy import parse_policy
 from progressdb_kms.ports import AuditEvent
 from progressdb_kms.store.memory import MemoryStore
 from progressdb_kms.usecases import lifecycle
+from progressdb_kms.usecases.batches import BatchReader
 from progressdb_kms.usecases.context import Kms, boottime
 from progressdb_kms.usecases.dekrotation import rotate_dek
 from progressdb_kms.usecases.encryption import Hot, failed
@@ -33,7 +34,6 @@ from progressdb_kms.usecases.lifecycle import Wanted
 from progressdb_kms.usecases.loading import Loader
 from progressdb_kms.usecases.messages import (
     MSGPACK,
-    BatchReader,
     CreatedDek,
     CreateItem,
     CreateRequest,

@@ -1,0 +1,257 @@
+"""Bodies of batches, and their answers: ``{"items": [...]}`` and ``{"results": [...]}``.
+
+A long batch is read and written in pieces: parser and encoder are C, in which nobody else gets a turn.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, Final, Generic, TypeVar, cast
+
+import msgspec
+from msgspec import Struct
+
+from progressdb_kms.domain.errors import (
+    BatchTooLarge,
+    DuplicateField,
+    KmsError,
+    MalformedBody,
+    UnsupportedMediaType,
+)
+from progressdb_kms.usecases.cutting import Rest, Turns, read_items
+from progressdb_kms.usecases.messages import JSON, MSGPACK, Reader, declared, encode, quotes_in, translated
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+T = TypeVar("T", bound=Struct)
+
+
+class _Batch(Struct, Generic[T], frozen=True, forbid_unknown_fields=True):
+    items: list[T]
+
+
+class _RawBatch(Struct, frozen=True, forbid_unknown_fields=True):
+    items: list[msgspec.Raw]
+
+
+_JSON_RAW_BATCH: Final = msgspec.json.Decoder(_RawBatch)
+_JSON_RAW_ITEMS: Final = msgspec.json.Decoder(list[msgspec.Raw])
+
+
+class BatchReader(Generic[T]):
+    """Reads ``{"items": [...]}``: one bad item is an error in its place, not the end of the batch.
+
+    Args:
+        model: The Struct of an item.
+    """
+
+    __slots__ = ("_item", "_json", "_json_items")
+
+    def __init__(self, model: type[T]) -> None:
+        self._item = Reader(model)
+        self._json = msgspec.json.Decoder(_Batch[model])  # type: ignore[valid-type]  # a model that is known at run time
+        self._json_items = msgspec.json.Decoder(list[model])  # type: ignore[valid-type]  # likewise
+
+    def read(self, content_type: str, body: bytes, limit: int) -> list[T | KmsError]:
+        """Read a batch of at most ``limit`` items, in order.
+
+        Raises:
+            BatchTooLarge: More items, whatever they are.
+            MalformedBody, DuplicateField, InvalidField: The batch itself is not of the right form.
+            UnsupportedMediaType: Neither JSON nor msgpack.
+        """
+        if content_type == JSON:
+            # The whole batch in one pass; the slow way only where that finds something to look at.
+            try:
+                batch = self._json.decode(body)
+            except msgspec.ValidationError:
+                return self._each(JSON, _raw_json(body, limit))
+            except (msgspec.DecodeError, ValueError, RecursionError):
+                raise MalformedBody from None
+            _within(limit, len(batch.items))
+            if quotes_in(body) != 2 + sum(map(self._item.quotes, batch.items)):
+                return self._each(JSON, _raw_json(body, limit))
+            return cast("list[T | KmsError]", batch.items)
+        if content_type == MSGPACK:
+            return self._each(MSGPACK, _raw_msgpack(body, limit))
+        raise UnsupportedMediaType
+
+    def begin(self, content_type: str, body: bytes, limit: int) -> Turns[list[T | KmsError | msgspec.Raw]]:
+        """Read a long batch as ``read`` does, in pieces; what is left of each item is for ``item`` to do.
+
+        There are two differences from ``read``, both in JSON that is refused either way: more items than
+        ``limit`` are BatchTooLarge also where the rest of the body is malformed, as nobody looks at it; and
+        of what follows the items, 64 KiB are. Where an item is nested about as deep as the interpreter
+        allows, either may say so.
+
+        Raises:
+            KmsError: As ``read`` does.
+        """
+        if content_type == MSGPACK:
+            return [*_raw_msgpack(body, limit)]
+        if content_type != JSON:
+            raise UnsupportedMediaType
+        pieces = _Pieces(self._item, self._json_items, limit)
+        try:
+            if (yield from read_items(body, pieces.take)):
+                return pieces.items
+        except Rest as rest:
+            self.read(JSON, rest.body, limit)
+            raise MalformedBody from None
+        return [*self.read(JSON, body, limit)]
+
+    def item(self, content_type: str, item: T | KmsError | msgspec.Raw) -> T | KmsError:
+        """Read an item that ``begin`` left, or return it as it is."""
+        if not isinstance(item, msgspec.Raw):
+            return item
+        try:
+            return self._item.read(content_type, item)
+        except KmsError as error:
+            return error
+
+    def _each(self, content_type: str, items: list[msgspec.Raw]) -> list[T | KmsError]:
+        return [self.item(content_type, item) for item in items]
+
+
+class _Pieces(Generic[T]):
+    """Reads the items of a JSON batch from pieces of their array, with what ``BatchReader.read`` says."""
+
+    def __init__(self, item: Reader[T], decoder: msgspec.json.Decoder[list[T]], limit: int) -> None:
+        self.items: list[T | KmsError | msgspec.Raw] = []
+        self._item = item
+        self._decoder = decoder
+        self._limit = limit
+
+    def take(self, array: bytes) -> int:
+        """Read the items of a piece; returns how many there are.
+
+        Raises:
+            MalformedBody: It is no array.
+            BatchTooLarge: There are too many by now.
+        """
+        try:
+            found = self._read(array)
+        except msgspec.ValidationError:
+            found = _raw_items(array)
+        except (msgspec.DecodeError, ValueError, RecursionError):
+            raise MalformedBody from None
+        _within(self._limit, len(self.items) + len(found))
+        self.items += found
+        return len(found)
+
+    def _read(self, array: bytes) -> Sequence[T | msgspec.Raw]:
+        items = self._decoder.decode(array)
+        if quotes_in(array) == sum(map(self._item.quotes, items)):
+            return items
+        return _raw_items(array)
+
+
+def _raw_items(array: bytes) -> list[msgspec.Raw]:
+    try:
+        array.decode()
+        return _JSON_RAW_ITEMS.decode(array)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        raise MalformedBody from None
+
+
+def _raw_json(body: bytes, limit: int) -> list[msgspec.Raw]:
+    try:
+        raw = _JSON_RAW_BATCH.decode(body)
+        # Before anything is done for each: millions of tiny bad items fit into a body.
+        _within(limit, len(raw.items))
+        names = _json_names(body)
+    except msgspec.MsgspecError as error:
+        raise translated(error) from None
+    except (ValueError, RecursionError):
+        raise MalformedBody from None
+    if names != 1:
+        raise DuplicateField
+    return raw.items
+
+
+def _raw_msgpack(body: bytes, limit: int) -> list[msgspec.Raw]:
+    try:
+        raw = _msgpack_decoder(limit).decode(body)
+    except msgspec.MsgspecError as error:
+        wrong = translated(error)
+        if _TOO_MANY in wrong.detail:
+            raise _too_large(limit) from None
+        raise wrong from None
+    except (ValueError, RecursionError):
+        raise MalformedBody from None
+    if declared(body) != 1:
+        raise DuplicateField
+    return cast("list[msgspec.Raw]", raw.items)
+
+
+_TOO_MANY: Final = "`array` of length <="
+
+
+@cache
+def _msgpack_decoder(limit: int) -> msgspec.msgpack.Decoder[Any]:
+    """Return a decoder that looks at how many items an array says that it has before it makes one of them."""
+    items = Annotated[list[msgspec.Raw], msgspec.Meta(max_length=limit)]
+    batch = msgspec.defstruct("_MsgpackBatch", [("items", items)], frozen=True, forbid_unknown_fields=True)
+    return msgspec.msgpack.Decoder(batch)
+
+
+def _within(limit: int, items: int) -> None:
+    if items > limit:
+        raise _too_large(limit)
+
+
+def _too_large(limit: int) -> BatchTooLarge:
+    return BatchTooLarge(f"a batch has at most {limit} items, this one has more")
+
+
+def _json_names(body: bytes) -> int:
+    """Count the fields of a JSON object, doubles included."""
+    found = 0
+
+    def count(pairs: list[tuple[str, object]]) -> None:
+        nonlocal found
+        found = len(pairs)  # the outermost object is the last one to be finished
+
+    json.loads(body, object_pairs_hook=count, parse_int=str)
+    return found
+
+
+class ResultsWriter:
+    """Writes the answer of a batch in pieces; together they are what encoding ``Results`` at once gives.
+
+    Args:
+        content_type: JSON or msgpack.
+    """
+
+    def __init__(self, content_type: str) -> None:
+        self._type = content_type
+        self._count = 0
+        self._pieces: list[bytes] = [b""]
+
+    def add(self, results: Sequence[object]) -> None:
+        """Write results; not none of them."""
+        piece = encode(self._type, results)
+        if self._type == JSON:
+            piece = (b"," if self._count else b"") + piece[1:-1]
+        else:
+            piece = piece[len(_msgpack_array(len(results))) :]
+        self._count += len(results)
+        self._pieces.append(piece)
+
+    def finish(self) -> list[bytes]:
+        """Return the answer in pieces."""
+        if self._type == JSON:
+            self._pieces[0] = b'{"results":['
+            self._pieces.append(b"]}")
+        else:
+            self._pieces[0] = b"\x81\xa7results" + _msgpack_array(self._count)
+        return self._pieces
+
+
+def _msgpack_array(length: int) -> bytes:
+    """Return the head of an array, in the shortest form."""
+    if length < 2**4:
+        return bytes([0x90 | length])
+    return b"\xdc" + length.to_bytes(2, "big") if length < 2**16 else b"\xdd" + length.to_bytes(4, "big")
