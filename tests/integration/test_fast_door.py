@@ -273,6 +273,9 @@ def test_refusals_that_say_when_to_come_again(world: World) -> None:
             instance.limit()
     world.store.pause()
     try:
+        # Twice: what an instance says of a store that is away differs before and after it has noticed.
+        for instance in world.instances:
+            converse(instance, [create])
         found = both(world, [create])
         assert [status for status, _, _ in found] == ["HTTP/1.1 503 "]
     finally:
