@@ -208,7 +208,9 @@ class BackupRules(LifeBase):
         self.destroy_again()
 
     def retire_what_is_erased(self) -> None:
-        """A version that was retired and erased since the export is to be retired again."""
+        """A version that was retired and erased since the export is to be retired again, by a command."""
+        book = self.house.book(self.gate())
+        self.run(book.start(self.now, may_lack=True))
         for version, kek in sorted(self.view().keks.items()):
             if kek.state is KekState.DECRYPT_ONLY and version not in self.house.source.versions():
                 self.run(self.house.retire(self.gate(), version))
