@@ -13,13 +13,13 @@ from progressdb_kms.domain.envelope import parse_blob
 from progressdb_kms.domain.errors import BackupInvalid, RotationRunning
 from progressdb_kms.domain.keyring import KekState
 from progressdb_kms.domain.keys import DekRecord
-from progressdb_kms.ports import RegistryView
+from progressdb_kms.domain.rotation import Step
 from progressdb_kms.store.memory import MemoryStore
 from progressdb_kms.usecases.backup import inspect_export, records_of, verify_export
 from progressdb_kms.usecases.importing import ImportReport
 from progressdb_kms.usecases.restore import Restored
 from tests.store.backup_scene import Bytes
-from tests.store.life_actors import Actor
+from tests.store.life_actors import Actor, Witness
 from tests.store.life_base import DAY, File, LifeBase
 from tests.store.life_model import DESTROYED
 
@@ -46,9 +46,13 @@ class BackupRules(LifeBase):
         held = {record.key_id: record for batch in records_of(content.chunks, export) for record in batch}
         assert actor.before & set(self.live()) <= set(held)
         assert {key_id for key_id in bad if key_id in self.model.records} <= self.damaged | self.dead
-        # With the blobs that the store has, which the model does not know.
-        records = {**self.model.records, **self.live()} if actor.subject else None
-        self.files.append(File(content, export.header.created_at, records, frozenset(self.damaged)))
+        self.keep(content, whole=actor.subject)
+
+    def keep(self, content: Bytes, *, whole: bool = True) -> None:
+        """Keep an export; where it is whole, with what it must hold: the model, and the store's blobs."""
+        records = {**self.model.records, **self.live()} if whole else None
+        at = inspect_export(content.chunks).header.created_at
+        self.files.append(File(content, at, records, frozenset(self.damaged)))
 
     @rule(at_once=st.booleans())
     def sweep(self, at_once: bool) -> None:
@@ -147,8 +151,9 @@ class BackupRules(LifeBase):
         view = self.view()
         left = [version for version, kek in sorted(view.keks.items()) if kek.state is not KekState.RETIRED]
         actor = self.begin_retirement(left[0], at_once=at_once)
-        if at_once and actor.before and actor.task.exception() is None:
-            raise AssertionError(f"version {left[0]} was retired though it is needed: {actor.before}")
+        if at_once and actor.task.exception() is None:
+            assert not actor.before, "it was retired though it is needed"
+            self.keep(actor.task.result())
 
     def begin_retirement(self, version: int, *, at_once: bool) -> Actor:
         """Retire a version, with what needs it noted before."""
@@ -166,7 +171,7 @@ class BackupRules(LifeBase):
         copies = [key_id for _, key_id, blob in self.copies() if parse_blob(blob).kek_version == version]
         return records + copies
 
-    def after_retire(self, actor: Actor, _: RegistryView) -> None:
+    def after_retire(self, actor: Actor, _: Bytes) -> None:
         """Nothing needs it."""
         assert self.needing(actor.subject) == []
         self.run(self.house.erase(actor.subject))
@@ -190,6 +195,9 @@ class BackupRules(LifeBase):
             assert isinstance(taken, BackupInvalid)
             assert self.run(empty.backups.empty())
             return
+        erased = self.erased(chosen)
+        if erased and chosen.damaged:
+            return  # nothing is retired while there are keys that do not open: they have to be restored first
         for actor in list(self.actors):
             self.end(actor)
         self.losses += 1
@@ -203,17 +211,38 @@ class BackupRules(LifeBase):
         self.blobs, self.floors = {}, {}
         self.imported |= {record.wrapped for record in chosen.records.values()}
         self.house.store = self.harness.store
-        self.retire_what_is_erased()
+        self.house.witness = Witness()
+        self.retire_what_is_erased(erased)
         self.run(self.house.settle(self.harness.store))
         self.destroy_again()
 
-    def retire_what_is_erased(self) -> None:
-        """A version that was retired and erased since the export is to be retired again, by a command."""
+    def erased(self, file: File) -> set[int]:
+        """Return the versions that an export's store would not start without, and that are no more."""
+        registry = inspect_export(file.content.chunks).registry
+        old = {kek.version for kek in registry.keks if kek.state is KekState.DECRYPT_ONLY}
+        return old - self.house.source.versions()
+
+    def retire_what_is_erased(self, erased: set[int]) -> None:
+        """Versions that were erased since the export are retired in its store."""
         book = self.house.book(self.gate())
         self.run(book.start(self.now, may_lack=True))
-        for version, kek in sorted(self.view().keks.items()):
-            if kek.state is KekState.DECRYPT_ONLY and version not in self.house.source.versions():
-                self.run(self.house.retire(self.gate(), version))
+        if max(erased, default=0) > self.view().active:
+            # One that was rolled back can only be retired once a rotation has raised the floors above it.
+            self.run(self.house.lead(self.gate(), "leader"))
+            self.mending = True
+        for version in sorted(erased):
+            self.run(self.house.retire(self.gate(), version))
+
+    @precondition(lambda self: self.rotated and not self.actors)
+    @rule()
+    def lose_a_key(self) -> None:
+        """The KEK that was rolled back is lost; no key and no copy is under it."""
+        (latest, *_) = self.run(self.store.rotation_ledger.list_rotations(1)) or [None]
+        if latest is None or latest.step is not Step.ROLLED_BACK or self.needing(latest.target_version):
+            return
+        kek = self.view().keks.get(latest.target_version)
+        if kek is not None and kek.state is KekState.DECRYPT_ONLY:
+            self.run(self.house.erase(kek.version))
 
     def destroy_again(self) -> None:
         """What an import brought, and what is due by now, goes."""

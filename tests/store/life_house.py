@@ -108,7 +108,7 @@ class House:
             await each.kms.keks.start(self.now())
 
     async def erase(self, version: int) -> None:
-        """Take a KEK version out of the file, once every instance has read that it is retired."""
+        """Take a KEK version out of the file, once every instance has read what it is."""
         for each in self.instances:
             await each.kms.keks.refresh()
         self._write({v: self.source.export(v).hex() for v in self.source.versions() - {version}})
@@ -174,19 +174,19 @@ class House:
     async def lead(self, gate: Gate, owner: str) -> Rotation | None:
         """Rotate the KEK, or finish the rotation that is under way."""
         book = self.book(gate)
-        await book.start(self.now())
+        await book.refresh()
         return await Rotator(self.parts(gate, book), Conduct(page=2), owner).run()
 
     async def join(self, gate: Gate) -> Rotation | None:
         """Share the work of a rotation."""
         book = self.book(gate)
-        await book.start(self.now())
+        await book.refresh()
         return await Rotator(self.parts(gate, book), Conduct(page=2), secrets.token_hex(4)).work()
 
     async def roll_back(self, gate: Gate, owner: str) -> Rotation:
         """Turn the latest rotation back."""
         book = self.book(gate)
-        await book.start(self.now())
+        await book.refresh()
         return await rollback.Rollback(self.parts(gate, book), Conduct(page=2, wait=0), owner).run()
 
     async def sweep(self, gate: Gate) -> int:
@@ -209,23 +209,24 @@ class House:
     async def restore(self, gate: Gate, rotation_id: str, key_ids: Sequence[str]) -> Restored:
         """Restore keys from a snapshot."""
         book = self.book(gate)
-        await book.start(self.now())
+        await book.start(self.now(), may_lack=True)
         return await Restorer(self.vault(gate), book).from_snapshot(rotation_id, key_ids)
 
     async def restore_file(self, gate: Gate, file: Bytes, key_ids: Sequence[str]) -> Restored:
         """Restore keys from an export."""
         book = self.book(gate)
-        await book.start(self.now())
+        await book.start(self.now(), may_lack=True)
         return await Restorer(self.vault(gate), book).from_file(file.chunks, key_ids)
 
     async def purge(self, gate: Gate, rotation_id: str, *, force: bool) -> int:
         """Remove a snapshot."""
         return await snapshots.purge(self.vault(gate), rotation_id, force=force)
 
-    async def retire(self, gate: Gate, version: int) -> object:
+    async def retire(self, gate: Gate, version: int) -> Bytes:
         """Make an export, and retire a KEK version on its account."""
         file = await self.export(gate)
-        return await retire.retire(self.vault(gate), version, file.chunks)
+        await retire.retire(self.vault(gate), version, file.chunks)
+        return file
 
     async def take_in(
         self, gate: Gate, file: Bytes, store: MemoryStore | RedisStore, *, merge: bool
