@@ -237,7 +237,7 @@ class BackupRules(LifeBase):
     @rule()
     def lose_a_key(self) -> None:
         """The KEK that was rolled back is lost; no key and no copy is under it."""
-        (latest, *_) = self.run(self.store.rotation_ledger.list_rotations(1)) or [None]
+        latest = self.latest()
         if latest is None or latest.step is not Step.ROLLED_BACK or self.needing(latest.target_version):
             return
         kek = self.view().keks.get(latest.target_version)

@@ -23,7 +23,7 @@ from progressdb_kms.domain.errors import (
 )
 from progressdb_kms.domain.keyring import KekState
 from progressdb_kms.domain.keys import DekRecord, locate
-from progressdb_kms.domain.rotation import Step
+from progressdb_kms.domain.rotation import Rotation, Step
 from progressdb_kms.ports import RegistryView
 from progressdb_kms.store.memory import MemoryStore
 from tests.store.backup_scene import Bytes
@@ -184,6 +184,11 @@ class LifeBase(RuleBasedStateMachine):
         view = self.run(self.store.registry.load())
         assert isinstance(view, RegistryView)
         return view
+
+    def latest(self) -> Rotation | None:
+        """Return the latest rotation; by its target, since time may stand still from one to the next."""
+        rotations = self.run(self.store.rotation_ledger.list_rotations(1000))
+        return max(rotations, key=lambda each: each.target_version, default=None)
 
     def turning_back(self) -> bool:
         """Say whether a rotation is being rolled back: meanwhile instances may not be able to wrap."""

@@ -142,7 +142,8 @@ class House:
             "slots": store.rotation_slots,
             "registry": store.registry,
         }
-        gated = {name: cast("Any", Gated(port, gate, self.witness)) for name, port in ports.items()}
+        witness = self.witness if store is self.store else Witness()  # another store has locks of its own
+        gated = {name: cast("Any", Gated(port, gate, witness)) for name, port in ports.items()}
         return Vault(**gated, source=self.source, audit=Audit(), owner="vault", release="0", now=self.now)
 
     def parts(self, gate: Gate, book: KekBook) -> Parts:

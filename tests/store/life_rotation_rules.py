@@ -86,7 +86,8 @@ class RotationRules(LifeBase):
     def after_lead(self, _: Actor, rotation: Rotation | None) -> None:
         """A rotation that has ended has left no key that opens under an older version."""
         assert rotation is not None
-        latest = self.run(self.store.rotation_ledger.list_rotations(1))[0]
+        latest = self.latest()
+        assert latest is not None
         if latest.rotation_id != rotation.rotation_id or latest.step is not Step.COMPLETE:
             return  # another came after it, before it could say that it was done
         view = self.view()
@@ -101,7 +102,8 @@ class RotationRules(LifeBase):
 
     def after_roll_back(self, _: Actor, rotation: Rotation) -> None:
         """A rollback that has ended has made the source version active, and lowered no floor below it."""
-        latest = self.run(self.store.rotation_ledger.list_rotations(1))[0]
+        latest = self.latest()
+        assert latest is not None
         if latest.rotation_id != rotation.rotation_id or latest.step is not Step.ROLLED_BACK:
             return
         assert self.view().active == rotation.source_version
