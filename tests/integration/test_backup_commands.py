@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from progressdb_kms.domain.errors import WrappedKeyInvalid
 from progressdb_kms.domain.keys import locate
@@ -57,6 +58,43 @@ def test_escrow_goes_along(machine: Machine, tmp_path: Path) -> None:
     try:
         assert second.kms("backup", "import", export, "--config", second.config).returncode == 0
         assert second.ask("HGET", "kms:{ctl}:escrow", "1") == b"sealed to a recovery key \xff"
+    finally:
+        second.lose()
+
+
+def test_a_version_erased_since_the_export_is_retired_in_the_new_store_too(
+    machine: Machine, tmp_path: Path
+) -> None:
+    """A store filled from the export that a version was retired on starts once it is retired there, too."""
+    export, config = tmp_path / "e", ("--config", machine.config)
+    with machine.service() as (kms, _):
+        dek = kms.create_dek_for_thread("room:1")
+        sealed = kms.encrypt_with_dek(dek.key_id, b"text").ciphertext
+    rotated = machine.kms("rotate", *config)
+    assert rotated.returncode == 0, rotated.stderr
+    told = [json.loads(line) for line in rotated.stdout.splitlines()]
+    (rotation_id,) = {line["rotation_id"] for line in told if "step" in line}
+    for words in (
+        ("backup", "purge", rotation_id, *config),
+        ("backup", "create", *config, "--out", export),
+        ("kek", "retire", 1, *config, "--export", export),
+    ):
+        done = machine.kms(*words)
+        assert done.returncode == 0, (words, done.stdout, done.stderr)
+    versions = yaml.safe_load(machine.kek_file.read_text())["versions"]
+    machine.kek_file.write_text(yaml.safe_dump({"versions": {2: versions[2]}}))
+    second = Machine(tmp_path / "two", machine.kek_file)
+    second.start_store()
+    try:
+        config = ("--config", second.config)
+        assert second.kms("backup", "import", export, *config).returncode == 0
+        refused = second.kms("serve", *config)
+        assert refused.returncode == 1
+        assert "KEK version 1 (decrypt_only) is not loaded: add it, or retire it" in refused.stderr
+        done = second.kms("kek", "retire", 1, *config, "--export", export)
+        assert (done.returncode, "warning: KEK version 1" in done.stderr) == (0, True), done.stderr
+        with second.service() as (kms, _):
+            assert kms.decrypt_with_dek(dek.key_id, sealed) == b"text"
     finally:
         second.lose()
 

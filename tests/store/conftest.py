@@ -61,6 +61,9 @@ class Harness(Protocol):
     def set_decrypt_only(self, key_id: str) -> None:
         """Supersede a key, as rotating the thread's DEK does."""
 
+    def lose_all(self) -> None:
+        """Lose all data, and stand before an empty store."""
+
     async def flood_notices(self) -> None:
         """Put more notices than one late reader can be told of."""
 
@@ -84,6 +87,10 @@ class MemoryHarness:
         """Supersede a key, as rotating the thread's DEK does."""
         records = self.store._records
         records[key_id] = replace(records[key_id], state=KeyState.DECRYPT_ONLY)
+
+    def lose_all(self) -> None:
+        """Lose all data, and stand before an empty store."""
+        self.store = MemoryStore()
 
     async def flood_notices(self) -> None:
         """Put more notices than one late reader can be told of."""
@@ -114,6 +121,10 @@ class RedisHarness:
     def set_decrypt_only(self, key_id: str) -> None:
         """Supersede a key, as rotating the thread's DEK does."""
         self.server.ask("HSET", f"kms:{{{locate(key_id)}}}:dek:{key_id}", "state", "decrypt_only")
+
+    def lose_all(self) -> None:
+        """Lose all data, and stand before an empty store."""
+        self.server.ask("FLUSHALL")
 
     async def flood_notices(self) -> None:
         """Put more notices than one late reader can be told of."""

@@ -387,6 +387,38 @@ async def test_retire_after_a_rotation(scene: Scene) -> None:
         await import_export(scene.vault, old.chunks, merge=True)
 
 
+async def test_a_version_erased_since_the_export_is_retired_again(scene: Scene, harness: Harness) -> None:
+    """The export that a version was retired on knows it still, and so does a store that is filled from it."""
+    await scene.create("a")
+    made = await scene.rotate()
+    await snapshots.purge(scene.vault, made.rotation_id)
+    file = await scene.export()
+    await retire(scene.vault, 1, file.chunks)
+    scene.path.write_text(f"versions:\n  2: {scene.source.export(2).hex()}\n")
+    scene.source.reload({})
+    _forget(harness)
+    new = await scene.elsewhere(harness.store)
+    await import_export(new.vault, file.chunks)
+    with pytest.raises(KekMismatch, match=r"version 1 \(decrypt_only\) is not loaded: add it, or retire it"):
+        await new.book.start(new.now)
+    await new.book.start(new.now, may_lack=True)
+    await retire(new.vault, 1, file.chunks)
+    await new.book.start(new.now)
+    for key_id in scene.deks:
+        assert await new.opens(key_id)
+
+
+async def test_the_active_version_may_not_be_lacking(scene: Scene) -> None:
+    """Nor may any version be another key than the registered one."""
+    await scene.rotate()
+    second = scene.source.export(2).hex()
+    for content in (f"  1: {scene.source.export(1).hex()}", f"  1: {'ab' * 32}\n  2: {second}"):
+        scene.path.write_text(f"versions:\n{content}\n")
+        scene.source.reload({})
+        with pytest.raises(KekMismatch):
+            await scene.book.start(scene.now, may_lack=True)
+
+
 async def test_retire_counts_records_and_not_the_census(scene: Scene, harness: Harness) -> None:
     """A record under the version is found though no census names it."""
     (record,) = await scene.create("a")

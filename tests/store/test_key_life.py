@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,19 +13,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from progressdb_kms.domain.backup import Destruction
-from progressdb_kms.domain.errors import InvalidTransition, KeyDestroyed, KmsError, StaleKek
-from progressdb_kms.domain.keys import DekRecord, KeyState, StateChange, locate
-from progressdb_kms.ports.backup import Destroyed
+from progressdb_kms.domain.errors import KeyDestroyed, KmsError, StaleKek
+from progressdb_kms.domain.keys import StateChange, locate
 from progressdb_kms.store.redis import StoreSettings, open_store
 from tests.store.conftest import VARIANTS, Harness, MemoryHarness, RedisHarness, new_dek
+from tests.store.life_model import DESTROYED, KeyModel
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from tests.store.servers import Server
 
-ENABLED, DECRYPT_ONLY = KeyState.ENABLED, KeyState.DECRYPT_ONLY
-DISABLED, PENDING, DESTROYED = KeyState.DISABLED, KeyState.PENDING_DESTRUCTION, KeyState.DESTROYED
 THREADS = ("room:1", "room:2")
 FUTURE = 4_000_000_000
 threads = st.sampled_from(THREADS)
@@ -35,7 +32,7 @@ versions = st.sampled_from(VERSIONS)
 
 
 class KeyLife(RuleBasedStateMachine):
-    """Keys of two threads; the model is what the documents say, not what a store does."""
+    """Keys of two threads. What KEKs, rotations and backups do with them is ``test_whole_life``."""
 
     keys = Bundle("keys")
     open_harness: Callable[[asyncio.Runner], Harness]
@@ -45,7 +42,7 @@ class KeyLife(RuleBasedStateMachine):
         self.runner = asyncio.Runner()
         self.harness = type(self).open_harness(self.runner)
         self.store = self.harness.store
-        self.model: dict[str, DekRecord] = {}
+        self.model = KeyModel()
         self.floors: dict[str, int] = {}
         self.now = 1_700_000_000
         for version in VERSIONS:  # the census asks for versions that wrapped something
@@ -54,8 +51,7 @@ class KeyLife(RuleBasedStateMachine):
     def teardown(self) -> None:
         """Compare the census, which asks every slot and is too slow for each step; close the store."""
         try:
-            live = Counter(record.kek_version for record in self.model.values() if record.wrapped)
-            assert self.tried(self.store.keys.census()) == dict(live)
+            assert self.tried(self.store.keys.census()) == self.model.census()
         finally:
             self.runner.run(self.store.close())
             self.runner.close()
@@ -71,23 +67,6 @@ class KeyLife(RuleBasedStateMachine):
         except KmsError as error:
             return type(error)
 
-    def add(self, dek: Any) -> DekRecord:
-        """Put a new DEK into the model."""
-        version = 1 + sum(record.thread_id == dek.thread_id for record in self.model.values())
-        record = DekRecord(
-            dek.key_id,
-            dek.thread_id,
-            dek.wrapped,
-            dek.kek_id,
-            dek.kek_version,
-            version,
-            ENABLED,
-            dek.created_at,
-            dek.created_by,
-        )
-        self.model[dek.key_id] = record
-        return record
-
     @rule(target=keys, thread=threads, version=versions, rotating=st.booleans())
     def make(self, thread: str, version: int, rotating: bool) -> str:
         """Create a key, or rotate a thread's; below the slot's floor neither is done."""
@@ -101,12 +80,8 @@ class KeyLife(RuleBasedStateMachine):
             assert made is StaleKek
             return dek.key_id
         if rotating:
-            for key_id, known in self.model.items():
-                if known.thread_id == thread and known.state is ENABLED:
-                    self.model[key_id] = replace(known, state=DECRYPT_ONLY, changed_at=dek.created_at)
-                elif known.thread_id == thread and known.state in {DISABLED, PENDING}:
-                    self.model[key_id] = replace(known, resume_state=DECRYPT_ONLY)
-        assert made == self.add(dek)
+            self.model.supersede(thread, dek.created_at)
+        assert made == self.model.made(dek)
         return dek.key_id
 
     async def create(self, dek: Any) -> Any:
@@ -116,7 +91,7 @@ class KeyLife(RuleBasedStateMachine):
     @rule(key_id=keys, rotating=st.booleans())
     def replay(self, key_id: str, rotating: bool) -> None:
         """The id of a key that is there returns it as it has become, and changes nothing."""
-        if (known := self.model.get(key_id)) is None:
+        if (known := self.model.records.get(key_id)) is None:
             return
         dek = new_dek(known.thread_id, key_id=key_id, kek_version=4)
         if rotating:
@@ -127,68 +102,27 @@ class KeyLife(RuleBasedStateMachine):
     @rule(key_id=keys, change=st.sampled_from(StateChange), due=st.booleans())
     def change(self, key_id: str, change: StateChange, due: bool) -> None:
         """A change of state."""
-        if (known := self.model.get(key_id)) is None:
+        if key_id not in self.model.records:
             return
         self.now += 1
         at = self.now if due else FUTURE
         found = self.tried(self.store.keys.change_state(key_id, change, now=self.now, destroy_at=at))
-        if known.state is DESTROYED:
-            assert found is KeyDestroyed
-            return
-        resume = known.state if known.state in {ENABLED, DECRYPT_ONLY} else known.resume_state
-        to, repeated = {
-            StateChange.DISABLE: (DISABLED if known.state is not PENDING else None, DISABLED),
-            StateChange.ENABLE: (known.resume_state if known.state is DISABLED else None, known.state),
-            StateChange.SCHEDULE_DESTRUCTION: (PENDING, PENDING),
-            StateChange.CANCEL_DESTRUCTION: (DISABLED if known.state is PENDING else None, DISABLED),
-        }[change]
-        usable = known.state in {ENABLED, DECRYPT_ONLY}
-        if (change is StateChange.ENABLE and usable) or (
-            change is not StateChange.ENABLE and known.state is repeated
-        ):
-            expected = known
-        elif to is None:
-            assert found is InvalidTransition
-            return
-        else:
-            if change is StateChange.ENABLE:
-                resume = ENABLED
-            expected = replace(
-                known,
-                state=to,
-                resume_state=resume,
-                changed_at=self.now,
-                destroy_at=at if to is PENDING else None,
-            )
-        assert found == expected
-        self.model[key_id] = expected
+        expected = self.model.change(key_id, change, now=self.now, destroy_at=at)
+        assert found is expected if isinstance(expected, type) else found == expected
 
     @rule(key_id=keys)
     def destroy(self, key_id: str) -> None:
         """A key goes when it is due, not before, and for good."""
-        if (known := self.model.get(key_id)) is None:
+        if key_id not in self.model.records:
             return
         self.now += 1
         found = self.tried(self.store.destruction.destroy(Destruction(key_id, self.now)))
-        if known.state is DESTROYED:
-            assert found is Destroyed.DONE
-        elif known.state is PENDING and known.destroy_at != FUTURE:
-            assert found is Destroyed.DONE
-            self.model[key_id] = replace(
-                known,
-                state=DESTROYED,
-                wrapped=b"",
-                changed_at=self.now,
-                destroy_at=None,
-                resume_state=ENABLED,
-            )
-        else:
-            assert found is Destroyed.NOT_DUE
+        assert found is self.model.destroy(key_id, self.now)
 
     @rule(key_id=keys, version=versions, stale=st.booleans())
     def rewrap(self, key_id: str, version: int, stale: bool) -> None:
         """A blob is replaced only by who knows the present one, and never to below the floor."""
-        if (known := self.model.get(key_id)) is None:
+        if (known := self.model.records.get(key_id)) is None:
             return
         fresh = secrets.token_bytes(64)
         seen = replace(known, wrapped=secrets.token_bytes(64)) if stale else known
@@ -200,9 +134,7 @@ class KeyLife(RuleBasedStateMachine):
         else:
             assert found is not stale
             if found:
-                self.model[key_id] = replace(
-                    known, wrapped=fresh, kek_id=f"kek_{version}", kek_version=version
-                )
+                self.model.rewrapped(key_id, fresh, f"kek_{version}", version)
 
     @rule(thread=threads, version=versions)
     def raise_floor(self, thread: str, version: int) -> None:
@@ -215,17 +147,14 @@ class KeyLife(RuleBasedStateMachine):
     def use(self, key_id: str, count: int) -> None:
         """Encryptions are counted, whatever the state."""
         totals = self.tried(self.store.keys.reserve_uses({key_id: count}))
-        if (known := self.model.get(key_id)) is None:
-            assert totals == {}
-            return
-        self.model[key_id] = replace(known, uses=known.uses + count)
-        assert totals == {key_id: known.uses + count}
+        known = key_id in self.model.records
+        assert totals == ({key_id: self.model.used(key_id, count)} if known else {})
 
     @invariant()
     def the_store_is_as_the_model(self) -> None:
         """Every record."""
-        found = self.tried(self.store.keys.get(list(self.model)))
-        assert found == list(self.model.values())
+        found = self.tried(self.store.keys.get(list(self.model.records)))
+        assert found == list(self.model.records.values())
 
 
 @pytest.mark.fuzz

@@ -178,6 +178,31 @@ async def test_from_any_step(scene: Scene, point: str) -> None:
     await rotated(scene)
 
 
+async def test_a_version_that_was_rolled_back_and_lost_is_done_without(scene: Scene) -> None:
+    """The next rotation goes on without it where no key is under it, and is refused where one is."""
+    with pytest.raises(BrokenOffError):
+        await scene.rotator("killed", stop_at="rewrap:slot").run()
+    first = scene.source.export(1).hex()
+    scene.path.write_text(f"versions:\n  1: {first}\n")
+    scene.source.reload({})
+    await scene.book.refresh()
+    (latest,) = await scene.harness.store.rotation_ledger.list_rotations(1)
+    assert (await back(scene).run()).counts.get("bad_copy", 0) == 0
+    assert scene.book.lacking == (latest.target_version,) == (2,)
+    done = await scene.rotator().run()
+    assert done is not None
+    assert (done.outcome, done.target_version) == ("clean", 3)
+    assert await scene.opened() == {key_id: (3, dek) for key_id, dek in scene.deks.items()}
+    # Version 1 goes as well, and a key is put back under it: now something needs what is lacking.
+    assert (await back(scene).run()).outcome == "rolled_back"
+    third = scene.source.export(3).hex()
+    scene.path.write_text(f"versions:\n  3: {third}\n")
+    scene.source.reload({})
+    await scene.book.refresh()
+    with pytest.raises(RotationRefused, match="not in order: KEK version 1"):
+        await scene.rotator().run()
+
+
 async def test_a_rollback_that_was_begun_is_finished_as_one(scene: Scene) -> None:
     """Broken off, it is resumed by another rollback; rotating on is refused."""
     await rotated(scene)

@@ -55,6 +55,9 @@ def on_store(
 ) -> T:
     """Run something on the configured store whose registry agrees with the loaded KEKs.
 
+    Decrypt-only versions may be missing, which is said on standard error: else a version that was erased
+    could not be retired in a store that was filled from an older export.
+
     Raises:
         KmsError: As the action does, or as ``bootstrap.open_vault``; and KekMismatch.
         Stopped: SIGTERM came. The action was cancelled, so it has cleaned up.
@@ -80,7 +83,9 @@ def on_store(
             if registered:
                 # An empty store has no registry, and no such command may make one.
                 await current_view(vault)
-                await keks.start(time.time())
+                await keks.start(time.time(), may_lack=True)
+                if keks.problem:
+                    click.echo(f"progressdb-kms: warning: {keks.problem}", err=True)
             return await action(vault, keks)
 
     before = signal.getsignal(signal.SIGTERM)

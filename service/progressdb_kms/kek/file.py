@@ -154,12 +154,15 @@ class FileKekSource:
             Whether anything changed.
 
         Raises:
-            KekFileInvalid: It is broken, or lacks or changes a required version. What was loaded stays.
+            KekFileInvalid: It is broken, changes a required version, or lacks one that is loaded. What was
+                loaded stays.
         """
         fresh, names = self._load()
         before, names_before = self._loaded
         for version, value in sorted(required.items()):
             if version not in fresh.versions | names.keys():
+                if version not in before.versions | names_before.keys():
+                    continue  # It is lost already: to refuse what else the file has brings nothing back.
                 raise KekFileInvalid(
                     f"{self._path}: KEK version {version}, which stored keys need, is missing; put it back"
                 )

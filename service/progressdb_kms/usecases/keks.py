@@ -45,6 +45,7 @@ class KekBook:
 
     Attributes:
         problem: Why the service must not be ready, or an empty string.
+        lacking: Decrypt-only versions that are not loaded, where nothing but that is wrong; else empty.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class KekBook:
         self._trouble: dict[int, str] = {}
         self._reserving = asyncio.Lock()
         self.problem = "the KEK registry has not been read yet"
+        self.lacking: tuple[int, ...] = ()
 
     @property
     def view(self) -> RegistryView:
@@ -94,7 +96,7 @@ class KekBook:
         """Return check values of the versions that a reload must not lose or change."""
         return {} if self._view is None else _required(self._view)
 
-    async def start(self, now: float) -> None:
+    async def start(self, now: float, *, may_lack: bool = False) -> None:
         """Read the registry, or make it on an empty store with the highest loaded version as active.
 
         Where the KEKs belong to a store, no registry is made: an empty store is then not theirs, or has lost
@@ -102,6 +104,9 @@ class KekBook:
 
         Args:
             now: Unix seconds.
+            may_lack: Go on though decrypt-only versions are not loaded: for operators' commands, by which a
+                version that was erased since the store's export is retired again. What needs one of them
+                says so itself.
 
         Raises:
             KekMismatch: A loaded version is not the key that was registered, or a needed one is not loaded;
@@ -129,10 +134,9 @@ class KekBook:
             kek = first_kek(version, value, self.source.kind(version), self.source.source_key(version), now)
             view = await self._registry.initialise(kek)
         require_store(view, self._store_id)
-        unreachable = await self._adopt(view)
-        if unreachable:
+        if await self._adopt(view):
             raise KekUnreachable(self.problem)
-        if self.problem:
+        if self.problem and not (may_lack and self.lacking):
             raise KekMismatch(self.problem)
 
     async def refresh(self) -> None:
@@ -148,7 +152,9 @@ class KekBook:
             view = await self._registry.load()
         except RegistryLost as error:
             self.problem = self._lost = error.detail
+            self.lacking = ()
             raise
+        self.lacking = ()
         if view is None:
             self.problem = self._lost = (
                 "the KEK registry has gone from the store: restore it before anything is written"
@@ -167,6 +173,7 @@ class KekBook:
         verified: dict[int, str] = {}
         unreachable = []
         problems = []
+        lacking: list[int] = []
         required = _required(view)
         if not required.keys() <= self.source.versions():
             # A source that can't be read keeps what it had, and what lacks then is told below.
@@ -174,15 +181,16 @@ class KekBook:
                 self._look_again(required)
         loaded = self.source.versions()
         for version, kek in sorted(view.keks.items()):
-            if version not in loaded:
-                if version in required:
-                    problems.append(f"KEK version {version} ({kek.state}) is not loaded: add it")
-                continue
             try:
                 matches = await self.source.matches(version, kek.check_value)
-            except (KekUnavailable, KekUnreachable) as error:
+            except KekUnreachable as error:
                 if version in required:
                     unreachable.append(f"KEK version {version} ({kek.state}): {error.detail}")
+                continue
+            except KekUnavailable as error:
+                if version in required:
+                    problems.append(_not_loaded(kek, error.detail if version in loaded else ""))
+                    lacking += [version] if kek.state is KekState.DECRYPT_ONLY else []
                 continue
             if not matches:
                 # Even a staged or retired one: a wrong key under a known number is never to be trusted.
@@ -198,6 +206,7 @@ class KekBook:
         self._verified = verified
         self._lost = ""
         self.problem = "; ".join([*problems, *unreachable])
+        self.lacking = () if unreachable or len(lacking) < len(problems) else tuple(lacking)
         return bool(unreachable) and not problems
 
     async def wrap(
@@ -320,6 +329,11 @@ def _another_store(found: str, store_id: str) -> str:
         f"this is store {found}, but this KEK belongs to store {store_id} (store.id_file): point store.url at"
         " that store, or use the KEK and the id of this one"
     )
+
+
+def _not_loaded(kek: KekInfo, why: str) -> str:
+    otherwise = ", or retire it if nothing needs it" if kek.state is KekState.DECRYPT_ONLY else ""
+    return f"KEK version {kek.version} ({kek.state}) is not loaded{f' ({why})' if why else ''}: add it{otherwise}"
 
 
 def _required(view: RegistryView) -> dict[int, str]:

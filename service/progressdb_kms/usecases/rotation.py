@@ -29,7 +29,7 @@ from progressdb_kms.usecases.crew import (
 from progressdb_kms.usecases.slotwork import SlotWork
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from progressdb_kms.ports import Claim, Lock
 
@@ -179,7 +179,7 @@ class Rotator(Crew):
     async def _begin(self, lock: Lock) -> Rotation:
         parts = self._parts
         await self._patiently(parts.keks.refresh)
-        if parts.keks.problem:
+        if parts.keks.problem and not await self._does_without(parts.keks.lacking):
             raise RotationRefused(f"no rotation while the KEKs are not in order: {parts.keks.problem}")
         reason = await self._patiently(parts.slots.headroom)
         if reason:
@@ -200,6 +200,15 @@ class Rotator(Crew):
         await self._note("rotation.begin", "ok", rotation)
         parts.reached("begun")
         return rotation
+
+    async def _does_without(self, lacking: Sequence[int]) -> bool:
+        """Say whether nothing but versions that no record is under is lacking.
+
+        So is a version that was rolled back and lost: only once a rotation has raised the floors above it can
+        it be retired. Should the census be wrong, the record is quarantined.
+        """
+        census = await self._patiently(self._parts.census)
+        return bool(lacking) and not any(census.get(version) for version in lacking)
 
     async def _do(self, rotation: Rotation, lock: Lock) -> Rotation:
         parts = self._parts

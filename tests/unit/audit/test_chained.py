@@ -339,6 +339,17 @@ class TestFiles:
         assert report.problems == []
         assert report.chains[0].last == 3
 
+    async def test_what_the_store_never_got_is_in_the_file_alone(self, scene: Scene) -> None:
+        """Both verify: the stream ends where its head says, with an intent whose outcome the file has."""
+        log = scene.log()
+        await log.record([event(1, "intent")])
+        scene.store.down = True
+        await log.record([event(1)])
+        stream, files = await scene.verify(), await scene.verify_directory()
+        assert (stream.problems, files.problems) == ([], [])
+        assert (stream.records, files.records) == (2, 3)
+        assert (stream.chains[0].open_intents, files.chains[0].open_intents) == (1, 0)
+
     async def test_a_torn_last_line_is_no_damage(self, scene: Scene, tmp_path: Path) -> None:
         """It was never acknowledged."""
         log = scene.log()

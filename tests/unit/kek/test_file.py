@@ -214,6 +214,15 @@ async def test_reload_keeps_the_last_good_keyring(path: Path, text: str, message
     assert await source.unwrap(1, bodies, [b"a"]) == [bytes(32)]
 
 
+async def test_reload_does_not_wait_for_what_was_lost_before(path: Path) -> None:
+    """A required version that was not even loaded keeps no new one out."""
+    source = FileKekSource(write(path, f"versions: {{1: {KEY}}}\n"))
+    required = {1: await source.check_value(1), 2: "ab" * 32}
+    write(path, f"versions: {{1: {KEY}, 3: {OTHER}}}\n")
+    assert source.reload(required)
+    assert source.versions() == {1, 3}
+
+
 async def test_reload_may_drop_what_nothing_requires(path: Path) -> None:
     """A retired version may leave the file, and an unused one may change."""
     source = FileKekSource(write(path, f"versions: {{1: {KEY}, 2: {OTHER}, 3: {DIGITS}}}\n"))
