@@ -333,7 +333,8 @@ def _another_store(found: str, store_id: str) -> str:
 
 def _not_loaded(kek: KekInfo, why: str) -> str:
     otherwise = ", or retire it if nothing needs it" if kek.state is KekState.DECRYPT_ONLY else ""
-    return f"KEK version {kek.version} ({kek.state}) is not loaded{f' ({why})' if why else ''}: add it{otherwise}"
+    because = f" ({why})" if why else ""
+    return f"KEK version {kek.version} ({kek.state}) is not loaded{because}: add it{otherwise}"
 
 
 def _required(view: RegistryView) -> dict[int, str]:
