@@ -18,7 +18,7 @@ from progressdb_kms.domain.errors import (
     NotReady,
     RegistryLost,
 )
-from progressdb_kms.domain.keyring import KekInfo, KekState, kek_id_of
+from progressdb_kms.domain.keyring import KEPT_ELSEWHERE, KekInfo, KekState, kek_id_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -66,6 +66,7 @@ class KekBook:
         self._wraps_left: dict[int, int] = {}
         self._lost = ""
         self._trouble: dict[int, str] = {}
+        self._unseen: dict[int, KekUnavailable | KekUnreachable] = {}
         self._reserving = asyncio.Lock()
         self.problem = "the KEK registry has not been read yet"
 
@@ -166,6 +167,7 @@ class KekBook:
         """Take a registry over; return whether all of ``problem`` is that some version can't be looked at."""
         verified: dict[int, str] = {}
         unreachable = []
+        unseen: dict[int, KekUnavailable | KekUnreachable] = {}
         problems = []
         required = _required(view)
         if not required.keys() <= self.source.versions():
@@ -181,24 +183,59 @@ class KekBook:
             try:
                 matches = await self.source.matches(version, kek.check_value)
             except (KekUnavailable, KekUnreachable) as error:
+                unseen[version] = error
                 if version in required:
                     unreachable.append(f"KEK version {version} ({kek.state}): {error.detail}")
                 continue
-            if not matches:
+            if matches:
+                verified[version] = kek.kek_id
+            elif kek.state is KekState.RETIRED and self.source.kind(version) in KEPT_ELSEWHERE:
+                # Nothing needs it: where it is kept, it may be forbidden or deleted by now.
+                continue
+            else:
                 # Even a staged or retired one: a wrong key under a known number is never to be trusted.
                 problems.append(
                     f"KEK version {version} is not the key that this store's data is wrapped under (expected"
                     f" {kek.kek_id}): put the right key back"
                 )
-            else:
-                verified[version] = kek.kek_id
         if view.active not in view.keks:
             problems.append(f"the KEK registry names version {view.active} as active but does not know it")
         self._view = view
         self._verified = verified
+        self._note_unseen(unseen)
         self._lost = ""
         self.problem = "; ".join([*problems, *unreachable])
         return bool(unreachable) and not problems
+
+    def _note_unseen(self, unseen: dict[int, KekUnavailable | KekUnreachable]) -> None:
+        """Log, once, why a version can't be looked at: of a staged one nothing else says it."""
+        for version, error in unseen.items():
+            before = self._unseen.get(version)
+            needed = self.view.keks[version].state is not KekState.RETIRED
+            if needed and (before is None or before.detail != error.detail):
+                log.warning("kek_not_seen", kek_version=version, detail=error.detail)
+        self._unseen = unseen
+
+    async def _require_verified(self, version: int, problem: str) -> str:
+        """Return the kek_id of a version that is loaded as registered.
+
+        One that could only not be looked at is looked at now: what is away is not lost, and whoever takes it
+        for lost puts keys aside.
+
+        Raises:
+            KekUnavailable: With ``problem``; it is not loaded, or is another key.
+            KekUnreachable: Where it is kept still does not answer.
+        """
+        if version not in self._verified and isinstance(self._unseen.get(version), KekUnreachable):
+            kek = self.view.keks[version]
+            with self._told(version):
+                matches = await self.source.matches(version, kek.check_value)
+            if matches and self.view.keks.get(version) == kek:
+                self._verified[version] = kek.kek_id
+        kek_id = self._verified.get(version)
+        if kek_id is None:
+            raise KekUnavailable(problem)
+        return kek_id
 
     async def wrap(
         self, deks: Sequence[bytes], names: Sequence[tuple[str, str]]
@@ -220,9 +257,8 @@ class KekBook:
         if self._lost:
             raise KekUnavailable(self._lost)
         version = self.active
-        kek_id = self._verified.get(version)
-        if kek_id is None:
-            raise KekUnavailable(f"the active KEK version {version} is not loaded as registered")
+        problem = f"the active KEK version {version} is not loaded as registered"
+        kek_id = await self._require_verified(version, problem)
         await self._reserve(version, len(deks))
         with self._told(version):
             bodies = await self.source.wrap(version, deks, [wrap_aad(*name) for name in names])
@@ -235,9 +271,9 @@ class KekBook:
 
         Raises:
             KekUnavailable: The version is not loaded as registered.
+            KekUnreachable: Where it is kept does not answer.
         """
-        if version not in self._verified:
-            raise KekUnavailable(f"KEK version {version} is not loaded as registered")
+        await self._require_verified(version, f"KEK version {version} is not loaded as registered")
         with self._told(version):
             return await self.source.unwrap(version, bodies, aads)
 
