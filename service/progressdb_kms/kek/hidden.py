@@ -145,10 +145,17 @@ class HiddenKeks:
     async def wrap(self, name: KeyName, deks: Sequence[bytes], aads: Sequence[bytes]) -> list[bytes]:
         """Wrap raw DEKs and return the bodies.
 
+        Bodies are given out only if the key still opens its canary afterwards: under one that was put in its
+        place since the last look they would be lost once the right one is back.
+
         Raises:
-            KekUnavailable, KekUnreachable: As ``Keeper.wrap``.
+            KekUnavailable: As ``Keeper.wrap``.
+            KekUnreachable: As ``Keeper.wrap``; or it is another key by now.
         """
-        return await self._in_chunks(partial(self._keeper.wrap, name.name), deks, aads)
+        bodies = await self._in_chunks(partial(self._keeper.wrap, name.name), deks, aads)
+        if bodies:
+            await self._require_still(name)
+        return bodies
 
     async def unwrap(
         self, name: KeyName, bodies: Sequence[bytes], aads: Sequence[bytes]

@@ -111,7 +111,10 @@ class Pkcs11Keeper:
                 session = self._open_session(rw=True)
                 try:
                     if any(session.get_objects(_named(key))):
-                        raise KekFileInvalid(f"the token has a key {key!r} already; choose another label")
+                        raise KekFileInvalid(
+                            f"the token has a key {key!r} already: add it without --generate, or"
+                            " choose another label"
+                        )
                     session.generate_key(
                         KeyType.AES,
                         8 * KEK_BYTES,
@@ -189,8 +192,10 @@ class Pkcs11Keeper:
             )
         try:
             library = pkcs11.lib(str(self._module))
-        except RuntimeError:
-            raise KekUnreachable(f"the PKCS#11 library {self._module} can't be used") from None
+        except RuntimeError as error:
+            raise KekUnreachable(
+                f"the PKCS#11 library {self._module} can't be used: {type(error).__name__}: {error}"
+            ) from None
         _keep_for_ever(library)
         try:
             token = library.get_token(token_label=self._token)

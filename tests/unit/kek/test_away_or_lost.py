@@ -160,6 +160,20 @@ async def test_what_a_changed_key_does_not_open_is_not_forged(
     assert isinstance(forged, WrappedKeyInvalid)
 
 
+async def test_nothing_is_wrapped_under_a_key_that_was_put_in_the_place_of_another(
+    engine: Transit, keeper: VaultKeeper, tmp_path: Path
+) -> None:
+    """Not in the minute between two looks either: it would be lost once the right one is back."""
+    store = MemoryStore()
+    keks = book(keeper, tmp_path, store, 1)
+    await keks.start(0)
+    engine.keys["k"] = [os.urandom(32)]
+    with pytest.raises(KekUnreachable):
+        await keks.wrap([DEK], NAMES)
+    await keks.refresh()
+    assert "put the right key back" in keks.problem
+
+
 @pytest.mark.parametrize("trouble", ["forbidden", "deleted"])
 async def test_a_retired_key_may_go_where_it_is_kept(
     engine: Transit, keeper: VaultKeeper, tmp_path: Path, trouble: str
