@@ -20,6 +20,7 @@ from urllib.parse import quote
 
 import httpcore
 
+from progressdb_kms.domain.envelope import BODY_BYTES
 from progressdb_kms.domain.errors import KekFileInvalid, KekUnavailable, KekUnreachable
 from progressdb_kms.domain.keys import DEK_BYTES
 from progressdb_kms.files import read_private
@@ -85,7 +86,7 @@ class VaultKeeper:
         for result in _results(results, len(deks)):
             ciphertext = result.get("ciphertext")
             body = _decoded(ciphertext, head)
-            if body is None:
+            if body is None or len(body) != BODY_BYTES:
                 raise KekUnavailable(
                     f"the transit key {name} does not encrypt under its version {version}: is it of type"
                     " aes256-gcm96, with that version, and above min_encryption_version?"
@@ -100,15 +101,22 @@ class VaultKeeper:
             KekUnavailable, KekUnreachable: As ``Keeper.unwrap``.
         """
         name, version = _parts(key)
+        # Nothing of another length is sent: one huge body out of the store would be the whole batch's end.
+        sent = [number for number, body in enumerate(bodies) if len(body) == BODY_BYTES]
+        opened: list[bytes | None] = [None] * len(bodies)
+        if not sent:
+            return opened
         items = [
-            {"ciphertext": f"vault:v{version}:{_text(body)}", "associated_data": _text(aad)}
-            for body, aad in zip(bodies, aads, strict=True)
+            {
+                "ciphertext": f"vault:v{version}:{_text(bodies[number])}",
+                "associated_data": _text(aads[number]),
+            }
+            for number in sent
         ]
         results = self._batch("decrypt", name, {"batch_input": items})
-        opened: list[bytes | None] = []
-        for result in _results(results, len(bodies)):
+        for number, result in zip(sent, _results(results, len(sent)), strict=True):
             dek = None if result.get("error") else _decoded(result.get("plaintext"), "")
-            opened.append(dek if dek is not None and len(dek) == DEK_BYTES else None)
+            opened[number] = dek if dek is not None and len(dek) == DEK_BYTES else None
         return opened
 
     def _batch(self, verb: str, name: str, body: dict[str, Any]) -> object:

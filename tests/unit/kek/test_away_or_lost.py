@@ -215,6 +215,19 @@ async def test_why_a_staged_key_is_not_loaded_is_logged(
     assert "503" in seen[0]["detail"]
 
 
+async def test_a_huge_body_is_not_sent(engine: Transit, keeper: VaultKeeper) -> None:
+    """Whoever can write to the store could stop a whole batch with one."""
+    keks, name = HiddenKeks(keeper, 10), KeyName("vault", "k@1")
+    (body,) = await keks.wrap(name, [DEK], [AAD])
+    before = len(engine.calls)
+    (forged,) = await keks.unwrap(name, [bytes(2**20)], [AAD])
+    assert isinstance(forged, WrappedKeyInvalid)
+    assert len(engine.calls) == before
+    forged, good = await keks.unwrap(name, [bytes(2**20), body], [AAD, AAD])
+    assert isinstance(forged, WrappedKeyInvalid)
+    assert good == DEK
+
+
 async def test_check_values_from_the_store_do_not_pile_up(engine: Transit, keeper: VaultKeeper) -> None:
     """Whoever can write to the store can put another one there each second."""
     keks, name = HiddenKeks(keeper, 10), KeyName("vault", "k@1")
