@@ -218,18 +218,19 @@ def fail(desk: Desk, folder: Path) -> dict[str, bytes]:
     provision = folder / "provision.yaml"
     provision.write_text(json.dumps({"namespace": "kms", "audit": {"secret": "r-audit"}}))
     desk.run("provision", "--config", provision, code=1)
+    desk.transit.add_key("kms")
+    desk.run("kek", "add", *desk.config, KEK_2, code=1)
+    desk.run("kek", "add", *desk.config, f"pkcs11:{KEK_2}", code=1)
+    known, desk.transit.tokens = desk.transit.tokens, set()
+    desk.run("kek", "add", *desk.config, "vault:other@1", code=1)
+    desk.transit.tokens = known
+    desk.run("kek", "add", *desk.config, "vault:kms@1")
     desk.service.pause()
     try:
         desk.run("rotate", *desk.config, "--wait", "0", code=1)
     finally:
         desk.service.resume()
     desk.service.stop()
-    desk.transit.add_key("kms")
-    desk.run("kek", "add", *desk.config, "vault:kms@1")
-    desk.run("kek", "add", *desk.config, KEK_2, code=1)
-    desk.run("kek", "add", *desk.config, f"pkcs11:{KEK_2}", code=1)
-    desk.transit.tokens = set()
-    desk.run("kek", "add", *desk.config, "vault:other@1", code=1)
     desk.run("serve", "--config", desk.config_with("swapped", kek={"path": str(swapped)}), code=1)
     desk.service.world.store.ask("DEL", "kms:{ctl}:keks")
     desk.run("rotate", *desk.config, code=1)

@@ -202,6 +202,11 @@ def test_a_key_that_will_not_do_is_not_added(world: World, transit: Transit) -> 
     add(one, key)
     refused = command("kek", "add", "--config", one.config, key, code=1)["error"]
     assert "names this key already" in str(refused)
+    # A rotation would take the first of two.
+    other = engine_key(transit)
+    refused = command("kek", "add", "--config", one.config, other, code=1)["error"]
+    assert "not in use yet: run rotate first" in str(refused)
+    rotate(one)
 
 
 @pytest.mark.slow
@@ -214,8 +219,9 @@ def test_ten_thousand_keys_to_the_token_and_back(world: World) -> None:
             for part in pool.map(lambda each: make_keys(each.client("server"), 5000), world.instances)
             for key in part
         ]
-    add(one, f"pkcs11:{secrets.token_hex(4)}", "--generate")
+    version = add(one, f"pkcs11:{secrets.token_hex(4)}", "--generate")
     there = rotate(one)
+    assert there["target_version"] == version
     assert there["counts"]["rewrapped"] >= 10_000
     assert_readable(two.client("server"), sealed)
     back = rotate(one)

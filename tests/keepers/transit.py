@@ -34,6 +34,7 @@ class Transit:
 
     Attributes:
         keys: Versions of keys by name, from 1.
+        min_decryption: By name, ``min_decryption_version``: what is older does not decrypt.
         tokens: Tokens that it knows.
         calls: Paths that were called.
         sealed: Whether it answers 503.
@@ -44,6 +45,7 @@ class Transit:
 
     def __init__(self) -> None:
         self.keys: dict[str, list[bytes]] = {}
+        self.min_decryption: dict[str, int] = {}
         self.tokens = {"root"}
         self.jwts = {"jwt-of-the-pod": "kms"}
         self.calls: list[str] = []
@@ -100,6 +102,8 @@ class Transit:
         sealed = base64.b64decode(text, validate=True)
         if int(version[1:]) > len(self.keys[name]):
             return {"error": "invalid ciphertext: version is too new"}
+        if int(version[1:]) < self.min_decryption.get(name, 1):
+            return {"error": "ciphertext or signature version is disallowed by policy (too old)"}
         try:
             opened = AESGCM(self.keys[name][int(version[1:]) - 1]).decrypt(sealed[:12], sealed[12:], aad)
         except (InvalidTag, ValueError):

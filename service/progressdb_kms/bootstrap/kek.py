@@ -6,16 +6,19 @@ import asyncio
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from progressdb_kms.bootstrap.storing import store_settings
 from progressdb_kms.domain.errors import KekFileInvalid, KekUnavailable, RotationRefused, SettingsInvalid
+from progressdb_kms.domain.keyring import KekState
 from progressdb_kms.kek.file import FileKekSource
 from progressdb_kms.kek.hidden import HiddenKeks, Keeper
 from progressdb_kms.kek.keyfile import KeyName, read_entries
 from progressdb_kms.kek.staging import ExternalKekStager, FileKekStager, add_version
+from progressdb_kms.store.redis import open_store
 
 if TYPE_CHECKING:
     from progressdb_kms.domain.errors import OperatorError
     from progressdb_kms.kek.escrow import Escrow
-    from progressdb_kms.ports import KekStager
+    from progressdb_kms.ports import KekStager, RegistryView
     from progressdb_kms.settings import KubernetesSecret, Settings
     from progressdb_kms.settings.kek import Kek, Pkcs11
     from progressdb_kms.usecases.keks import KekBook
@@ -46,7 +49,8 @@ async def add_kek(settings: Settings, name: KeyName, *, generate: bool) -> int:
         KekFileInvalid: The KEK file or the Secret can't be used, or names the key already.
         SettingsInvalid: The configuration does not say where such keys are.
         KekUnavailable, KekUnreachable: The key can't be used.
-        RotationRefused: Someone else keeps the KEK file.
+        RotationRefused: Someone else keeps the KEK file, or a version in it is not in use yet.
+        RegistryLost, StoreUnavailable: Which versions there are can't be read from the store.
     """
     source = kek_source(settings)
     keepers = _keepers(settings.kek)
@@ -59,6 +63,11 @@ async def add_kek(settings: Settings, name: KeyName, *, generate: bool) -> int:
     entries = read_entries(settings.kek.path)
     if name in entries.values():
         raise KekFileInvalid(f"{settings.kek.path} names this key already")
+    store = await open_store(store_settings(settings))
+    try:
+        version = next_version(source.versions(), await store.registry.load())
+    finally:
+        await store.close()
     if generate:
         if settings.kek.pkcs11 is None or name.kind != "pkcs11":
             raise SettingsInvalid("only a key on a PKCS#11 token can be made here: make it where it is kept")
@@ -66,13 +75,36 @@ async def add_kek(settings: Settings, name: KeyName, *, generate: bool) -> int:
     keeper = keepers[name.kind]
     if not await keeper.matches(name, await keeper.check_value(name)):
         raise KekUnavailable(f"{name.kind} does not unwrap what it has just wrapped under this key")
-    version = max(source.versions()) + 1
     if settings.kek.management == "file" or settings.rotation.kubernetes is None:
         add_version(settings.kek.path, version, name)
     else:
         module, ref = _secret(settings.rotation.kubernetes)
         await asyncio.to_thread(module.add_to_secret, ref, version, entries, name)
     return version
+
+
+def next_version(loaded: frozenset[int], view: RegistryView | None) -> int:
+    """Return the number for a key that the next rotation is to take.
+
+    A number that the registry knows is that of another key, also where the file no longer has it.
+
+    Args:
+        loaded: Versions of the KEK file.
+        view: The registry; None where the store is empty.
+
+    Raises:
+        RotationRefused: The next rotation would take another version of the file.
+    """
+    if view is None:
+        return max(loaded) + 1
+    in_use = {version for version, kek in view.keks.items() if kek.state is not KekState.STAGED}
+    waiting = sorted(version for version in loaded - in_use if version > view.active)
+    if waiting:
+        raise RotationRefused(
+            f"KEK version {waiting[0]} is in the KEK file and not in use yet: run rotate first, or take it"
+            " out"
+        )
+    return max(loaded | view.keks.keys()) + 1
 
 
 def kek_stager(settings: Settings, source: FileKekSource, keks: KekBook, escrow: Escrow) -> KekStager:

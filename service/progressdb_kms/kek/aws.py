@@ -25,9 +25,8 @@ _FORGED: Final = frozenset({"InvalidCiphertextException", "IncorrectKeyException
 _DENIED: Final = "AccessDeniedException"
 _MAX_CIPHERTEXT: Final = 6144
 """Bytes of a ciphertext that AWS KMS takes."""
-_NO_SUCH_KEY: Final = frozenset(
-    {"NotFoundException", "DisabledException", "KMSInvalidStateException", "InvalidKeyUsageException"}
-)
+# Not KMSInvalidStateException: so is called a custom key store that is disconnected for a while, too.
+_NO_SUCH_KEY: Final = frozenset({"NotFoundException", "DisabledException", "InvalidKeyUsageException"})
 _REGION: Final = 3
 
 

@@ -104,6 +104,7 @@ class HiddenKeks:
         self._threads = Threads(f"kek-{keeper.kind}", keeper.threads)
         self._verdicts: dict[tuple[KeyName, str], _Verdict] = {}
         self._canaries: dict[KeyName, str] = {}
+        self._good: dict[KeyName, str] = {}
         self._failed: dict[KeyName, tuple[float, KekUnavailable | KekUnreachable]] = {}
 
     async def check_value(self, name: KeyName) -> str:
@@ -144,10 +145,17 @@ class HiddenKeks:
     async def wrap(self, name: KeyName, deks: Sequence[bytes], aads: Sequence[bytes]) -> list[bytes]:
         """Wrap raw DEKs and return the bodies.
 
+        Bodies are given out only if the key still opens its canary afterwards: under one that was put in its
+        place since the last look they would be lost once the right one is back.
+
         Raises:
-            KekUnavailable, KekUnreachable: As ``Keeper.wrap``.
+            KekUnavailable: As ``Keeper.wrap``.
+            KekUnreachable: As ``Keeper.wrap``; or it is another key by now.
         """
-        return await self._in_chunks(partial(self._keeper.wrap, name.name), deks, aads)
+        bodies = await self._in_chunks(partial(self._keeper.wrap, name.name), deks, aads)
+        if bodies:
+            await self._require_still(name)
+        return bodies
 
     async def unwrap(
         self, name: KeyName, bodies: Sequence[bytes], aads: Sequence[bytes]
@@ -155,10 +163,35 @@ class HiddenKeks:
         """Return raw DEKs, with WrappedKeyInvalid in the place of one that does not unwrap.
 
         Raises:
-            KekUnavailable, KekUnreachable: As ``Keeper.wrap``.
+            KekUnavailable: As ``Keeper.wrap``.
+            KekUnreachable: As ``Keeper.wrap``; or the key does not open its canary any more, and so says
+                nothing of a body that it does not open.
         """
-        found = await self._in_chunks(partial(self._keeper.unwrap, name.name), bodies, aads)
+        found = await self._unwrap(name, bodies, aads)
+        if None in found:
+            await self._require_still(name)
         return [WrappedKeyInvalid() if key is None else key for key in found]
+
+    async def _unwrap(
+        self, name: KeyName, bodies: Sequence[bytes], aads: Sequence[bytes]
+    ) -> list[bytes | None]:
+        return await self._in_chunks(partial(self._keeper.unwrap, name.name), bodies, aads)
+
+    async def _require_still(self, name: KeyName) -> None:
+        """Return if a key still opens the canary that it has opened before.
+
+        A key can be replaced under its name, or its old version be forbidden (``min_decryption_version``),
+        between two looks; all that it has wrapped would count as forged then.
+        """
+        check_value = self._good.get(name)
+        if check_value is None:
+            return
+        raw = bytes.fromhex(check_value)
+        if await self._unwrap(name, [raw[_ID_BYTES:]], [_canary_aad(raw[:_ID_BYTES])]) == [None]:
+            self._verdicts[name, check_value] = _Verdict(b"", time.monotonic())
+            raise KekUnreachable(
+                f"{name} does not open any more what it has wrapped: was it replaced, or its use forbidden?"
+            )
 
     async def _in_chunks(
         self,
@@ -210,6 +243,11 @@ class HiddenKeks:
             self._failed[name] = time.monotonic(), error
             raise
         verdict = _Verdict(sealing_key(secret) if secret else b"", time.monotonic())
+        # Check values come from the store: what it may hold from time to time must not pile up here.
+        for known in [key for key, old in self._verdicts.items() if key[0] == name and not old.sealing]:
+            del self._verdicts[known]
+        if secret:
+            self._good[name] = check_value
         self._verdicts[name, check_value] = verdict
         return verdict
 
@@ -225,10 +263,10 @@ class HiddenKeks:
             return b""
         identity, body = raw[:_ID_BYTES], raw[_ID_BYTES:]
         right, wrong = _canary_aad(identity), _canary_aad(identity[::-1] + b"?")
-        secret, other = await self.unwrap(name, [body, body], [right, wrong])
-        if isinstance(secret, KmsError):
+        secret, other = await self._unwrap(name, [body, body], [right, wrong])
+        if secret is None:
             return b""
-        if not isinstance(other, KmsError):
+        if other is not None:
             raise KekUnavailable(
                 f"{name.kind} does not bind additional authenticated data (AAD), which keys need: use a newer"
                 " release of it"

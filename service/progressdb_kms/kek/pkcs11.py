@@ -63,7 +63,7 @@ class Pkcs11Keeper:
         self._pin_file = pin_file
         self._session: pkcs11.Session | None = None
         self._keys: dict[str, _Secret] = {}
-        self._refused_pin = b""
+        self._refused: tuple[bytes, int] | None = None
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
@@ -111,7 +111,10 @@ class Pkcs11Keeper:
                 session = self._open_session(rw=True)
                 try:
                     if any(session.get_objects(_named(key))):
-                        raise KekFileInvalid(f"the token has a key {key!r} already; choose another label")
+                        raise KekFileInvalid(
+                            f"the token has a key {key!r} already: add it without --generate, or"
+                            " choose another label"
+                        )
                     session.generate_key(
                         KeyType.AES,
                         8 * KEK_BYTES,
@@ -141,6 +144,10 @@ class Pkcs11Keeper:
                     return work(self._key(key))
                 except refusals.PKCS11Error as error:
                     failure = type(error).__name__
+                except KekUnavailable:
+                    # A session that a token has logged out sees no keys, and says so without an error.
+                    if fresh:
+                        raise
                 self._forget_session()
                 if fresh:
                     # Outside the handler: an error of the library may hold what it was given.
@@ -170,15 +177,25 @@ class Pkcs11Keeper:
     def _open_session(self, *, rw: bool = False) -> pkcs11.Session:
         try:
             pin = read_private(self._pin_file, error=KekFileInvalid).strip()
+            written = self._pin_file.stat().st_mtime_ns
         except KekFileInvalid as error:
             raise KekUnreachable(f"the PKCS#11 token's PIN: {error.detail}") from None
-        if pin == self._refused_pin:
+        except FileNotFoundError:
+            raise KekUnreachable(f"the PKCS#11 token's PIN: {self._pin_file} is being replaced") from None
+        if not pin:
+            raise KekUnreachable(f"the PKCS#11 token's PIN: {self._pin_file} is empty")
+        if (pin, written) == self._refused:
             # A token locks itself after a few wrong PINs: each is tried once.
-            raise KekUnreachable(f"the PKCS#11 token {self._token!r} refused the PIN in {self._pin_file}")
+            raise KekUnreachable(
+                f"the PKCS#11 token {self._token!r} refused the PIN in {self._pin_file}: it is tried again"
+                " once that file is written again"
+            )
         try:
             library = pkcs11.lib(str(self._module))
-        except RuntimeError:
-            raise KekUnreachable(f"the PKCS#11 library {self._module} can't be used") from None
+        except RuntimeError as error:
+            raise KekUnreachable(
+                f"the PKCS#11 library {self._module} can't be used: {type(error).__name__}: {error}"
+            ) from None
         _keep_for_ever(library)
         try:
             token = library.get_token(token_label=self._token)
@@ -187,7 +204,7 @@ class Pkcs11Keeper:
             except refusals.UserAlreadyLoggedIn:
                 return token.open(rw=rw)  # by another session of this process, for all of them
         except _PIN_REFUSED as error:
-            self._refused_pin = pin
+            self._refused = pin, written
             raise KekUnreachable(
                 f"the PKCS#11 token {self._token!r} refuses the PIN in {self._pin_file}:"
                 f" {type(error).__name__}"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import queue
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -27,7 +27,8 @@ class Threads:
         self._name = name
         self._count = count
         self._started = False
-        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
+        self._calls: OrderedDict[Future[Any], Callable[[], Any]] = OrderedDict()
+        self._waiting = threading.Condition()
 
     async def call(self, function: Callable[[], _T], seconds: float) -> _T:
         """Return what ``function`` returns, called in one of the threads.
@@ -45,12 +46,22 @@ class Threads:
             for number in range(self._count):
                 threading.Thread(target=self._work, name=f"{self._name}-{number}", daemon=True).start()
         future: Future[_T] = Future()
-        self._calls.put((future, function))
-        return await asyncio.wait_for(asyncio.wrap_future(future), seconds)
+        with self._waiting:
+            self._calls[future] = function
+            self._waiting.notify()
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(future), seconds)
+        finally:
+            # While every thread hangs nobody else takes it off, and it holds keys.
+            with self._waiting:
+                self._calls.pop(future, None)
 
     def _work(self) -> None:
         while True:
-            future, function = self._calls.get()
+            with self._waiting:
+                while not self._calls:
+                    self._waiting.wait()
+                future, function = self._calls.popitem(last=False)
             if future.set_running_or_notify_cancel():
                 _settle(future, function)
 

@@ -20,6 +20,7 @@ from urllib.parse import quote
 
 import httpcore
 
+from progressdb_kms.domain.envelope import BODY_BYTES
 from progressdb_kms.domain.errors import KekFileInvalid, KekUnavailable, KekUnreachable
 from progressdb_kms.domain.keys import DEK_BYTES
 from progressdb_kms.files import read_private
@@ -36,6 +37,8 @@ _NOT_FOUND: Final = 404
 _MAX_ANSWER: Final = 2**20
 _LOGIN_EARLY: Final = 0.8
 """Share of a login's lease after which a new one is asked for."""
+_LOGIN_PAUSE: Final = 5.0
+"""Seconds for which a token that is refused is not replaced by another."""
 _ERRORS: Final = (httpcore.NetworkError, httpcore.TimeoutException, httpcore.ProtocolError, OSError)
 
 
@@ -53,7 +56,7 @@ class VaultKeeper:
     def __init__(self, settings: Vault) -> None:
         self._settings = settings
         self._token = b""
-        self._token_until = 0.0
+        self._token_at = self._token_until = 0.0
         self._lock = threading.Lock()
         try:
             context = ssl.create_default_context(cafile=settings.ca)
@@ -85,7 +88,7 @@ class VaultKeeper:
         for result in _results(results, len(deks)):
             ciphertext = result.get("ciphertext")
             body = _decoded(ciphertext, head)
-            if body is None:
+            if body is None or len(body) != BODY_BYTES:
                 raise KekUnavailable(
                     f"the transit key {name} does not encrypt under its version {version}: is it of type"
                     " aes256-gcm96, with that version, and above min_encryption_version?"
@@ -100,23 +103,31 @@ class VaultKeeper:
             KekUnavailable, KekUnreachable: As ``Keeper.unwrap``.
         """
         name, version = _parts(key)
+        # Nothing of another length is sent: one huge body out of the store would be the whole batch's end.
+        sent = [number for number, body in enumerate(bodies) if len(body) == BODY_BYTES]
+        opened: list[bytes | None] = [None] * len(bodies)
+        if not sent:
+            return opened
         items = [
-            {"ciphertext": f"vault:v{version}:{_text(body)}", "associated_data": _text(aad)}
-            for body, aad in zip(bodies, aads, strict=True)
+            {
+                "ciphertext": f"vault:v{version}:{_text(bodies[number])}",
+                "associated_data": _text(aads[number]),
+            }
+            for number in sent
         ]
         results = self._batch("decrypt", name, {"batch_input": items})
-        opened: list[bytes | None] = []
-        for result in _results(results, len(bodies)):
+        for number, result in zip(sent, _results(results, len(sent)), strict=True):
             dek = None if result.get("error") else _decoded(result.get("plaintext"), "")
-            opened.append(dek if dek is not None and len(dek) == DEK_BYTES else None)
+            opened[number] = dek if dek is not None and len(dek) == DEK_BYTES else None
         return opened
 
     def _batch(self, verb: str, name: str, body: dict[str, Any]) -> object:
         path = f"{self._settings.mount}/{verb}/{quote(name, safe='')}"
         content = json.dumps(body).encode()
-        status, answer = self._call(path, content, self._login(fresh=False))
+        token = self._login()
+        status, answer = self._call(path, content, token)
         if status in _FORBIDDEN:
-            status, answer = self._call(path, content, self._login(fresh=True))
+            status, answer = self._call(path, content, self._login(refused=token))
         results = _member(_member(answer, "data"), "batch_results")
         # 400 is said of a batch in which one item failed, too, and then its results come along.
         if status == _OK or (status == _BAD_REQUEST and isinstance(results, list)):
@@ -132,14 +143,18 @@ class VaultKeeper:
             + (": its policy must let this service update it" if status in _FORBIDDEN else "")
         )
 
-    def _login(self, *, fresh: bool) -> bytes:
+    def _login(self, refused: bytes = b"") -> bytes:
+        """Return a token, a new one in place of one that was refused, if that is not quite new itself."""
         settings = self._settings
         if settings.token_file is not None:
             return _read(settings.token_file)
         with self._lock:
-            if fresh or time.monotonic() >= self._token_until:
+            now = time.monotonic()
+            # What is refused because of a policy is refused with a new token, too: no login for each request.
+            renew = refused == self._token and now - self._token_at > _LOGIN_PAUSE
+            if not self._token or renew or now >= self._token_until:
                 assert settings.kubernetes is not None  # noqa: S101 - the settings demand one of the two
-                jwt = _read(settings.kubernetes.jwt_file).decode()
+                jwt = _read(settings.kubernetes.jwt_file).decode("utf-8", "replace")
                 body = json.dumps({"role": settings.kubernetes.role, "jwt": jwt}).encode()
                 status, answer = self._call(f"auth/{settings.kubernetes.mount}/login", body, b"")
                 auth = _member(answer, "auth")
@@ -149,10 +164,10 @@ class VaultKeeper:
                         f"the login at {settings.address} by auth/{settings.kubernetes.mount} with the role"
                         f" {settings.kubernetes.role} is refused: {status}"
                     )
-                self._token = token.encode()
+                self._token, self._token_at = token.encode(), now
                 seconds = lease if isinstance(lease, int) and lease > 0 else 0
                 # A token without a lease does not expire; it is renewed all the same.
-                self._token_until = time.monotonic() + _LOGIN_EARLY * (seconds or 3600)
+                self._token_until = now + _LOGIN_EARLY * (seconds or 3600)
             return self._token
 
     def _call(self, path: str, content: bytes, token: bytes) -> tuple[int, object]:

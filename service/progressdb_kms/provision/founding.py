@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import Final, Protocol
 
 from progressdb_kms.domain.errors import KekFileInvalid, ProvisionRefused, RegistryLost
-from progressdb_kms.domain.keyring import KEK_BYTES, KekState, check_value
+from progressdb_kms.domain.keyring import KEK_BYTES, KEPT_ELSEWHERE, KekInfo, KekState, check_value
 from progressdb_kms.kek.escrow import Escrow, Recipient
 from progressdb_kms.kek.keyfile import Entry, KeyName, parse_entries, raw_keys, render_entries
 from progressdb_kms.ports import KekRegistry
 from progressdb_kms.ports.escrow import EscrowBox
 from progressdb_kms.provision.config import Kek
-from progressdb_kms.provision.kek import FOUNDED, PENDING, UNKNOWN, Kept, Step, Stored, next_step
+from progressdb_kms.provision.kek import FOUNDED, PENDING, Kept, Step, Stored, next_step
 from progressdb_kms.provision.secrets import Change, Found, Ref, Secrets
 from progressdb_kms.usecases.keks import first_kek
 
@@ -142,19 +142,24 @@ async def _stored(registry: KekRegistry) -> Stored:
     if view is None:
         return Stored(empty=True)
     needed = {KekState.ACTIVE, KekState.DECRYPT_ONLY}
-    keks = {version: kek.check_value for version, kek in view.keks.items() if kek.state in needed}
+    keks = {version: _registered(kek) for version, kek in view.keks.items() if kek.state in needed}
     return Stored(empty=False, store_id=view.store_id, keks=keks)
 
 
 def _kept(wanted: Kek, ref: Ref, found: Found) -> Kept:
     store_id = found.data.get(wanted.store_id_key, b"").decode("ascii", "replace").strip()
     entries = _entries(wanted, ref, found.data)
-    keks = {version: _check_value(entry) for version, entry in entries.items()}
+    keks = {version: _identity(entry) for version, entry in entries.items()}
     return Kept(str(ref), keks, store_id, found.annotations.get(FOUNDED, ""))
 
 
-def _check_value(entry: Entry) -> str:
-    return UNKNOWN if isinstance(entry, KeyName) else check_value(entry)
+def _identity(entry: Entry) -> str:
+    return str(entry) if isinstance(entry, KeyName) else check_value(entry)
+
+
+def _registered(kek: KekInfo) -> str:
+    # A canary can be compared by nobody but who may unwrap.
+    return f"{kek.source}:{kek.source_key}" if kek.source in KEPT_ELSEWHERE else kek.check_value
 
 
 def _entries(wanted: Kek, ref: Ref, data: Mapping[str, bytes]) -> dict[int, Entry]:

@@ -17,8 +17,6 @@ from progressdb_kms.domain.errors import ProvisionRefused
 FOUNDED: Final = "progressdb-kms.io/founded"
 """Annotation of the Secret: the id of the store once its registry was made under it, ``PENDING`` before."""
 PENDING: Final = "pending"
-UNKNOWN: Final = ""
-"""Check value of a key that is kept elsewhere: only the service can compare it."""
 
 
 class Step(StrEnum):
@@ -44,7 +42,8 @@ class Kept:
 
     Attributes:
         name: How messages call it.
-        keks: Check values by version; empty where it holds no KEK file.
+        keks: Check values by version, or names of keys that are kept elsewhere; empty where it holds no KEK
+            file.
         store_id: The store that they belong to; empty where that is not in it.
         mark: Its annotation FOUNDED; empty where it has none.
     """
@@ -70,7 +69,7 @@ class Stored:
     Attributes:
         empty: Neither registry nor keys.
         store_id: Its id; empty where it has no registry.
-        keks: Check values of the versions that its keys need, of the registry.
+        keks: Likewise, of the versions that its keys need, from the registry.
         lost: Why there are keys but no registry that can be read; empty where that is not so.
     """
 
@@ -143,7 +142,7 @@ def _require_same(kept: Kept, stored: Stored) -> None:
             " point store.url at the right store, or use this store's own Secret"
         )
     for version, value in sorted((stored.keks or {}).items()):
-        if kept.keks.get(version) not in {value, UNKNOWN}:
+        if kept.keks.get(version) != value:
             problem = "is another key" if version in kept.keks else "is missing"
             raise ProvisionRefused(
                 f"KEK version {version}, which the store's keys need, {problem} in {kept.name}: put the right"

@@ -119,6 +119,7 @@ def _check_address(name: str, address: str) -> None:
     try:
         parts = urlsplit(address)
         host, _ = parts.hostname, parts.port
+        (host or "").encode("idna")
     except ValueError:
         host = None
     # The address is not repeated: somebody may have put a password into it.

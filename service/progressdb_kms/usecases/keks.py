@@ -18,7 +18,7 @@ from progressdb_kms.domain.errors import (
     NotReady,
     RegistryLost,
 )
-from progressdb_kms.domain.keyring import KekInfo, KekState, kek_id_of
+from progressdb_kms.domain.keyring import KEPT_ELSEWHERE, KekInfo, KekState, kek_id_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -67,7 +67,10 @@ class KekBook:
         self._wraps_left: dict[int, int] = {}
         self._lost = ""
         self._trouble: dict[int, str] = {}
+        self._unseen: dict[int, KekUnavailable | KekUnreachable] = {}
         self._reserving = asyncio.Lock()
+        # Looking at keys that are kept elsewhere takes time, in which no older view may replace a newer one.
+        self._refreshing = asyncio.Lock()
         self.problem = "the KEK registry has not been read yet"
         self.lacking: tuple[int, ...] = ()
 
@@ -131,13 +134,17 @@ class KekBook:
         if view is None:
             version = max(self.source.versions())
             value = await self.source.check_value(version)
+            if not await self.source.matches(version, value):
+                raise KekMismatch(
+                    f"KEK version {version} does not unwrap what it has wrapped: may it decrypt?"
+                )
             kek = first_kek(version, value, self.source.kind(version), self.source.source_key(version), now)
             view = await self._registry.initialise(kek)
         require_store(view, self._store_id)
-        if await self._adopt(view):
-            raise KekUnreachable(self.problem)
-        if self.problem and not (may_lack and self.lacking):
-            raise KekMismatch(self.problem)
+        unreachable = await self._adopt(view)
+        if not self.problem or (may_lack and self.lacking):
+            return
+        raise KekUnreachable(self.problem) if unreachable else KekMismatch(self.problem)
 
     async def refresh(self) -> None:
         """Read the registry and the source again; what does not agree makes ``problem``, and is not used.
@@ -148,6 +155,10 @@ class KekBook:
         Raises:
             RegistryLost, StoreUnavailable: As ``start``.
         """
+        async with self._refreshing:
+            await self._refresh()
+
+    async def _refresh(self) -> None:
         try:
             view = await self._registry.load()
         except RegistryLost as error:
@@ -170,44 +181,79 @@ class KekBook:
 
     async def _adopt(self, view: RegistryView) -> bool:
         """Take a registry over; return whether all of ``problem`` is that some version can't be looked at."""
-        verified: dict[int, str] = {}
-        unreachable = []
-        problems = []
-        lacking: list[int] = []
         required = _required(view)
         if not required.keys() <= self.source.versions():
             # A source that can't be read keeps what it had, and what lacks then is told below.
             with suppress(KekFileInvalid):
                 self._look_again(required)
         loaded = self.source.versions()
-        for version, kek in sorted(view.keks.items()):
-            try:
-                matches = await self.source.matches(version, kek.check_value)
-            except KekUnreachable as error:
-                if version in required:
-                    unreachable.append(f"KEK version {version} ({kek.state}): {error.detail}")
-                continue
-            except KekUnavailable as error:
-                if version in required:
-                    problems.append(_not_loaded(kek, error.detail if version in loaded else ""))
-                    lacking += [version] if kek.state is KekState.DECRYPT_ONLY else []
-                continue
-            if not matches:
-                # Even a staged or retired one: a wrong key under a known number is never to be trusted.
+        keks = [kek for _, kek in sorted(view.keks.items())]
+        verified: dict[int, str] = {}
+        unseen: dict[int, KekUnavailable | KekUnreachable] = {}
+        problems: list[str] = []
+        unreachable: list[str] = []
+        lacking: list[int] = []
+        for kek, matches in zip(keks, await asyncio.gather(*map(self._matches, keks)), strict=True):
+            if matches is True:
+                verified[kek.version] = kek.kek_id
+            elif matches is not False:
+                unseen[kek.version] = matches
+                if kek.version in required:
+                    told, why = (unreachable, matches.detail) if kek.version in loaded else (problems, "")
+                    told.append(_not_loaded(kek, why))
+                    lacking += [kek.version] if kek.state is KekState.DECRYPT_ONLY else []
+            elif kek.state is not KekState.RETIRED or self.source.kind(kek.version) not in KEPT_ELSEWHERE:
+                # Even a staged or retired one: a wrong key under a known number is never to be trusted. But
+                # where it is kept, a retired one may be forbidden or deleted by now.
                 problems.append(
-                    f"KEK version {version} is not the key that this store's data is wrapped under (expected"
-                    f" {kek.kek_id}): put the right key back"
+                    f"KEK version {kek.version} is not the key that this store's data is wrapped under"
+                    f" (expected {kek.kek_id}): put the right key back"
                 )
-            else:
-                verified[version] = kek.kek_id
         if view.active not in view.keks:
             problems.append(f"the KEK registry names version {view.active} as active but does not know it")
         self._view = view
         self._verified = verified
+        self._note_unseen({version: error for version, error in unseen.items() if version in loaded})
         self._lost = ""
         self.problem = "; ".join([*problems, *unreachable])
-        self.lacking = () if unreachable or len(lacking) < len(problems) else tuple(lacking)
+        self.lacking = tuple(lacking) if len(lacking) == len(problems) + len(unreachable) else ()
         return bool(unreachable) and not problems
+
+    async def _matches(self, kek: KekInfo) -> bool | KekUnavailable | KekUnreachable:
+        try:
+            return await self.source.matches(kek.version, kek.check_value)
+        except (KekUnavailable, KekUnreachable) as error:
+            return error
+
+    def _note_unseen(self, unseen: dict[int, KekUnavailable | KekUnreachable]) -> None:
+        """Log, once, why a loaded version can't be looked at: of a staged one nothing else says it."""
+        for version, error in unseen.items():
+            before = self._unseen.get(version)
+            needed = self.view.keks[version].state is not KekState.RETIRED
+            if needed and (before is None or before.detail != error.detail):
+                log.warning("kek_not_seen", kek_version=version, detail=error.detail)
+        self._unseen = unseen
+
+    async def _require_verified(self, version: int, problem: str) -> str:
+        """Return the kek_id of a version that is loaded as registered.
+
+        One that could only not be looked at is looked at now: what is away is not lost, and whoever takes it
+        for lost puts keys aside.
+
+        Raises:
+            KekUnavailable: With ``problem``; it is not loaded, or is another key.
+            KekUnreachable: Where it is kept still does not answer.
+        """
+        if version not in self._verified and isinstance(self._unseen.get(version), KekUnreachable):
+            kek = self.view.keks[version]
+            with self._told(version):
+                matches = await self.source.matches(version, kek.check_value)
+            if matches and self.view.keks.get(version) == kek:
+                self._verified[version] = kek.kek_id
+        kek_id = self._verified.get(version)
+        if kek_id is None:
+            raise KekUnavailable(problem)
+        return kek_id
 
     async def wrap(
         self, deks: Sequence[bytes], names: Sequence[tuple[str, str]]
@@ -229,9 +275,8 @@ class KekBook:
         if self._lost:
             raise KekUnavailable(self._lost)
         version = self.active
-        kek_id = self._verified.get(version)
-        if kek_id is None:
-            raise KekUnavailable(f"the active KEK version {version} is not loaded as registered")
+        problem = f"the active KEK version {version} is not loaded as registered"
+        kek_id = await self._require_verified(version, problem)
         await self._reserve(version, len(deks))
         with self._told(version):
             bodies = await self.source.wrap(version, deks, [wrap_aad(*name) for name in names])
@@ -244,9 +289,9 @@ class KekBook:
 
         Raises:
             KekUnavailable: The version is not loaded as registered.
+            KekUnreachable: Where it is kept does not answer.
         """
-        if version not in self._verified:
-            raise KekUnavailable(f"KEK version {version} is not loaded as registered")
+        await self._require_verified(version, f"KEK version {version} is not loaded as registered")
         with self._told(version):
             return await self.source.unwrap(version, bodies, aads)
 

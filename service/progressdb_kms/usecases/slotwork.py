@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 from progressdb_kms.domain.envelope import parse_blob, wrap_aad
 from progressdb_kms.domain.errors import (
     KekUnavailable,
+    KekUnreachable,
     KmsError,
     RotationRefused,
     WrappedKeyInvalid,
@@ -243,6 +244,9 @@ class SlotWork:
                     version, [item[1] for item in group], [item[2] for item in group]
                 )
             except KekUnavailable as error:
+                if version in self._keks.usable:
+                    # It was there a moment ago: no key is put aside because its place is in disorder.
+                    raise KekUnreachable(error.detail) from None
                 keys = [error] * len(group)
             for (number, _, _), key in zip(group, keys, strict=True):
                 results[number] = key

@@ -16,7 +16,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from progressdb_kms.domain.errors import KekFileInvalid, KekUnavailable, KekUnreachable, WrappedKeyInvalid
-from progressdb_kms.kek import hidden
+from progressdb_kms.kek import hidden, vault
 from progressdb_kms.kek.aws import AwsKeeper
 from progressdb_kms.kek.hidden import HiddenKeks
 from progressdb_kms.kek.keyfile import KeyName, parse_key_name
@@ -141,7 +141,9 @@ def test_a_token_is_read_for_each_call(engine: Transit, keeper: VaultKeeper, tmp
     keeper.wrap("k@1", [DEK], [b""])
 
 
-def test_login_by_service_account(engine: Transit, tmp_path: Path) -> None:
+def test_login_by_service_account(
+    engine: Transit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One login serves until its lease ends, or until its token is refused; a refused login says so."""
     jwt = private(tmp_path / "jwt", "jwt-of-the-pod")
     settings = Vault(address=engine.address, kubernetes=VaultKubernetes(role="kms", jwt_file=jwt))
@@ -155,6 +157,11 @@ def test_login_by_service_account(engine: Transit, tmp_path: Path) -> None:
         keeper.wrap("k@1", [DEK], [b""])
     assert logins() == before + 1
     engine.tokens = {"root"}
+    for _ in range(3):
+        with pytest.raises(KekUnreachable, match="403"):
+            keeper.wrap("k@1", [DEK], [b""])
+    assert logins() == before + 1  # a policy refuses a new token as well: no login for each request
+    monkeypatch.setattr(vault, "_LOGIN_PAUSE", 0.0)
     keeper.wrap("k@1", [DEK], [b""])
     assert logins() == before + 2
     engine.lease = -1
