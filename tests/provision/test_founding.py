@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from progressdb_kms.domain.errors import KekFileInvalid, ProvisionRefused, StoreUnavailable
-from progressdb_kms.domain.keyring import check_value
+from progressdb_kms.domain.keyring import KekInfo, KekState, check_value
 from progressdb_kms.kek.escrow import recover
-from progressdb_kms.kek.keyfile import parse_entries, raw_keys, render_entries
+from progressdb_kms.kek.keyfile import KeyName, parse_entries, raw_keys, render_entries
 from progressdb_kms.kek.kubernetes import MADE_BY
-from progressdb_kms.provision.kek import FOUNDED
+from progressdb_kms.provision.kek import FOUNDED, PENDING
 from progressdb_kms.store.redis import open_store
 from progressdb_kms.store.redis.schema import KEKS_KEY, SCHEMA_KEY
 from progressdb_kms.store.settings import StoreSettings
@@ -277,3 +277,24 @@ async def test_a_store_that_is_away_or_could_lose_keys(site: Site) -> None:
     with pytest.raises(StoreUnavailable, match="the store can't be used"):
         await site.run(**wrong)
     assert not site.cluster.secrets
+
+
+async def test_keys_that_are_kept_elsewhere(site: Site) -> None:
+    """They found no store, as nobody here can use them; a store that knows them knows them by name."""
+    secret = {"kek.yaml": render_entries({1: KeyName("vault", "kms@1")}), "store-id": b"0" * 32}
+    site.cluster.put("r-kek", secret, annotations={FOUNDED: PENDING})
+    with pytest.raises(ProvisionRefused, match="kept by vault, where provisioning has no access"):
+        await site.run(**site.kek())
+    assert site.store_id() is None
+    store = await open_store(StoreSettings(site.server.url))
+    try:
+        kek = KekInfo(1, "kek_x", "vault", "kms@1", "00" * 68, KekState.ACTIVE, 1, 1)
+        await store.registry.initialise(kek, "0" * 32)
+    finally:
+        await store.close()
+    await site.run(**site.kek())
+    assert site.cluster.metadata("r-kek")["annotations"][FOUNDED] == "0" * 32
+    for entry in (KeyName("vault", "kms@2"), OTHER):
+        site.cluster.set("r-kek", kek_yaml=render_entries({1: entry}))
+        with pytest.raises(ProvisionRefused, match="KEK version 1, which the store's keys need, is another"):
+            await site.run(**site.kek())

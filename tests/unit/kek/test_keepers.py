@@ -141,9 +141,7 @@ def test_a_token_is_read_for_each_call(engine: Transit, keeper: VaultKeeper, tmp
     keeper.wrap("k@1", [DEK], [b""])
 
 
-def test_login_by_service_account(
-    engine: Transit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_login_by_service_account(engine: Transit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One login serves until its lease ends, or until its token is refused; a refused login says so."""
     jwt = private(tmp_path / "jwt", "jwt-of-the-pod")
     settings = Vault(address=engine.address, kubernetes=VaultKubernetes(role="kms", jwt_file=jwt))
