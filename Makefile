@@ -160,7 +160,7 @@ sbom: .venv-audit/.installed ## write dist/progressdb-kms.cdx.json (CycloneDX) o
 
 .PHONY: bench
 bench: install system-packages ## measure requests and CPU per request (benchmarks/README.md)
-	$(BIN)/python benchmarks/run.py $(ARGS)
+	$(BIN)/python -m benchmarks.run $(ARGS)
 
 # helm, helm-docs, kubeconform-offline (strict, with local schemas) and kube-score are looked up on PATH; helm alone must be there.
 CHART := deploy/helm/progressdb-kms
