@@ -100,7 +100,7 @@ def read_options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", default=",".join(NAMES), metavar="NAME,...", help=f"of: {', '.join(NAMES)}")
-    parser.add_argument("--seconds", type=float, default=3, help="length of one run (3)")
+    parser.add_argument("--seconds", type=float, default=4, help="length of one run (4)")
     parser.add_argument("--runs", type=int, default=3, help="interleaved runs of each case (3)")
     parser.add_argument(
         "--keys",

@@ -10,7 +10,7 @@ from xml.sax.saxutils import escape
 from .cases import Figures, Key
 
 WIDTH = 760
-LABELS = 190
+LABELS = 210
 VALUES = 190
 BAR = 16
 GAP = 3
@@ -21,11 +21,13 @@ COLOURS = {
     "service": "#2563a8",
     "coalesced": "#2563a8",
     "reference": "#8a8f98",
-    "store": "#8a8f98",
+    "store": "#b7791f",
     "floor": "#8a8f98",
     "alone": "#8a8f98",
+    "beside json batches": "#2563a8",
+    "beside msgpack batches": "#1f8a70",
 }
-OTHER = "#b7791f"
+OTHER = "#7a4fa3"
 NAMES = {
     "service": "the service",
     "reference": "bare Go server",

@@ -14,18 +14,20 @@ from .tools import generator_version
 
 SCHEDULED = 2
 """Kind of a clock of CPU time that counts what the scheduler gave: CPUCLOCK_SCHED of Linux."""
-SERVER_CORE = 0
-GENERATOR_CORE = 1
+CORES = sorted(os.sched_getaffinity(0))
+"""Those that this process may use: a container need not have the first ones."""
+SERVER_CORE = CORES[0]
+GENERATOR_CORE = CORES[1 % len(CORES)]
 PACKAGES = ("cryptography", "hypercorn", "msgspec", "redis", "uvloop")
 
 
 def two_cores() -> bool:
     """Return whether server and generator can have a core each."""
-    return (os.cpu_count() or 1) > 1
+    return len(CORES) > 1
 
 
 def pin(pid: int, core: int) -> None:
-    """Keep all threads of a process on one core, where the machine has two."""
+    """Keep all threads of a process on one core, where there are two."""
     if two_cores():
         for thread in Path(f"/proc/{pid}/task").iterdir():
             os.sched_setaffinity(int(thread.name), {core})
@@ -52,7 +54,7 @@ def conditions() -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": _said(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]),
         "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
+        "cores": len(CORES),
         "pinned": two_cores(),
         "load_average_before": list(os.getloadavg()),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),

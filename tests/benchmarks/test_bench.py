@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.bench.cases import Case, Figures, Key, Values, run_in_turns
-from benchmarks.bench.charts import draw_charts
+from benchmarks.bench.charts import LABELS, draw_charts
 from benchmarks.bench.report import all_ratios, document, headline
 from benchmarks.run import counts_up_to
 
@@ -96,7 +96,9 @@ def test_charts_are_well_formed_and_true_to_scale(figures, tmp_path):
     drawn = {path.name: ET.parse(path).getroot() for path in draw_charts(figures, tmp_path)}  # noqa: S314 - our own file
     assert {"requests.svg", "cpu.svg", "batches.svg", "memory.svg"} == set(drawn)
     name = "{http://www.w3.org/2000/svg}rect"
-    bars = [float(bar.get("width", 0)) for bar in drawn["requests.svg"].iter(name) if bar.get("x") == "190"]
+    bars = [
+        float(bar.get("width", 0)) for bar in drawn["requests.svg"].iter(name) if bar.get("x") == str(LABELS)
+    ]
     encrypt = bars[-2:]
     assert encrypt[1] == pytest.approx(4 * encrypt[0], abs=0.5)
 
