@@ -14,6 +14,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from benchmarks.bench.coalesced import Callers, Sample, connect_options, measure
+from benchmarks.bench.machine import GENERATOR_CORE, pin
 from benchmarks.bench.servers import service
 
 if TYPE_CHECKING:
@@ -33,8 +34,7 @@ def main() -> int:
     cases: list[Callers] = [(*kind, callers) for kind in kinds for callers in options.callers]
     samples: dict[tuple[Callers, bool], list[Sample]] = {}
     with service() as ready:
-        if (os.cpu_count() or 1) > 1:
-            os.sched_setaffinity(0, {1})
+        pin(os.getpid(), GENERATOR_CORE)
         for _ in range(options.runs):
             for case in cases:
                 for coalesce in (False, True):

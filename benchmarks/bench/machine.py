@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 import time
 from importlib.metadata import version
@@ -61,7 +62,7 @@ def conditions() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
-        "store": _said(["redis-server", "--version"]),
+        "store": _said([shutil.which("redis-server") or "valkey-server", "--version"]),
         "go": _said(["go", "version"]),
         "generator": generator_version(),
     }
