@@ -95,8 +95,8 @@ def _fill(ready: dict[str, Any], first: int, end: int) -> tuple[float, int]:
 def _used(store: redis.Redis) -> tuple[int, int]:
     """Return the bytes that Redis has allocated, without its audit stream, and those of that.
 
-    The stream keeps the newest records, a fixed number, whatever the number of keys. Waits until no rewrite
-    of the append-only file takes memory as well.
+    The stream holds records of calls, which are trimmed in time, and says nothing of what a key costs. Waits
+    until no rewrite of the append-only file takes memory as well.
     """
     while True:
         info = store.info("persistence")
