@@ -159,8 +159,8 @@ sbom: .venv-audit/.installed ## write dist/progressdb-kms.cdx.json (CycloneDX) o
 	$(BIN)/python scripts/check_sbom.py dist/progressdb-kms.cdx.json requirements/image.txt
 
 .PHONY: bench
-bench: install system-packages ## measure requests and CPU per request (benchmarks/README.md)
-	$(BIN)/python benchmarks/run.py $(ARGS)
+bench: install system-packages ## measure the service beside ceilings of the same machine (15 minutes; benchmarks/README.md)
+	$(BIN)/python -m benchmarks.run $(ARGS)
 
 # helm, helm-docs, kubeconform-offline (strict, with local schemas) and kube-score are looked up on PATH; helm alone must be there.
 CHART := deploy/helm/progressdb-kms

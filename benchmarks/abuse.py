@@ -29,7 +29,8 @@ from urllib.parse import urlsplit
 
 import yaml
 from attacks import ATTACKS, Attack, Target
-from run import pin, service
+from bench.machine import pin
+from bench.servers import service
 
 from progressdb_kms.client import open_sync_provider
 

@@ -8,33 +8,17 @@ the highest rate, and the ratio of the rates.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import statistics
 import sys
-import threading
-import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from benchmarks.run import MESSAGE, service
-from progressdb_kms.client import open_provider, open_sync_provider
+from benchmarks.bench.coalesced import Callers, Sample, connect_options, measure
+from benchmarks.bench.machine import GENERATOR_CORE, pin
+from benchmarks.bench.servers import service
 
 if TYPE_CHECKING:
-    from progressdb_kms.client.opening import ConnectOptions
     from progressdb_kms.client.protocol import Encoding
-
-Case = tuple[str, "Encoding", int]
-"""Kind of client, encoding, and how many callers."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One run: calls a second, the client's CPU time for a call, and the callers' median wait, in us."""
-
-    per_second: float
-    cpu_us: float
-    p50_us: float
 
 
 def main() -> int:
@@ -47,17 +31,14 @@ def main() -> int:
     parser.add_argument("--callers", type=int, nargs="+", default=[1, 8, 64])
     options = parser.parse_args()
     kinds: list[tuple[str, Encoding]] = [("async", "json"), ("async", "msgpack"), ("sync", "json")]
-    cases: list[Case] = [(*kind, callers) for kind in kinds for callers in options.callers]
-    samples: dict[tuple[Case, bool], list[Sample]] = {}
+    cases: list[Callers] = [(*kind, callers) for kind in kinds for callers in options.callers]
+    samples: dict[tuple[Callers, bool], list[Sample]] = {}
     with service() as ready:
-        if (os.cpu_count() or 1) > 1:
-            os.sched_setaffinity(0, {1})
-        pair = ready["clients"]["server"]
+        pin(os.getpid(), GENERATOR_CORE)
         for _ in range(options.runs):
             for case in cases:
                 for coalesce in (False, True):
-                    how: ConnectOptions = {"ca": ready["ca"], "cert": pair["cert"], "key": pair["key"]}
-                    how |= {"deadline": 30.0, "encoding": case[1], "coalesce": coalesce}
+                    how = connect_options(ready, case[1], coalesce=coalesce)
                     sample = measure(ready["url"], how, case, options.seconds)
                     samples.setdefault((case, coalesce), []).append(sample)
                     print(".", end="", file=sys.stderr, flush=True)
@@ -66,60 +47,7 @@ def main() -> int:
     return 0
 
 
-def measure(url: str, how: ConnectOptions, case: Case, seconds: float) -> Sample:
-    """Run one combination once."""
-    kind, _, callers = case
-    waits: list[float] = []
-    before = [0.0, 0.0]
-    if kind == "async":
-        asyncio.run(in_tasks(url, how, callers, seconds, waits, before))
-    else:
-        in_threads(url, how, callers, seconds, waits, before)
-    wall, cpu = time.monotonic() - before[0], time.process_time() - before[1]
-    return Sample(len(waits) / wall, cpu / len(waits) * 1e6, statistics.median(waits) * 1e6)
-
-
-async def in_tasks(
-    url: str, how: ConnectOptions, callers: int, seconds: float, waits: list[float], before: list[float]
-) -> None:
-    """Call from many tasks."""
-    async with open_provider(url, **how) as kms:
-        key_id = (await kms.create_dek_for_thread("bench:coalescing")).key_id
-        await kms.encrypt_with_dek(key_id, MESSAGE)
-        before[:] = time.monotonic(), time.process_time()
-
-        async def call() -> None:
-            while time.monotonic() < before[0] + seconds:
-                began = time.perf_counter()
-                await kms.encrypt_with_dek(key_id, MESSAGE)
-                waits.append(time.perf_counter() - began)
-
-        await asyncio.gather(*[call() for _ in range(callers)])
-
-
-def in_threads(
-    url: str, how: ConnectOptions, callers: int, seconds: float, waits: list[float], before: list[float]
-) -> None:
-    """Call from many threads."""
-    with open_sync_provider(url, **how) as kms:
-        key_id = kms.create_dek_for_thread("bench:coalescing").key_id
-        kms.encrypt_with_dek(key_id, MESSAGE)
-        before[:] = time.monotonic(), time.process_time()
-
-        def call() -> None:
-            while time.monotonic() < before[0] + seconds:
-                began = time.perf_counter()
-                kms.encrypt_with_dek(key_id, MESSAGE)
-                waits.append(time.perf_counter() - began)
-
-        threads = [threading.Thread(target=call) for _ in range(callers)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-
-
-def print_table(cases: list[Case], samples: dict[tuple[Case, bool], list[Sample]]) -> None:
+def print_table(cases: list[Callers], samples: dict[tuple[Callers, bool], list[Sample]]) -> None:
     """Print medians, alone and coalesced side by side."""
     print("| client | callers | alone, calls/s | coalesced, calls/s | ratio | CPU us | p50 us |")
     print("|---|---|---|---|---|---|---|")

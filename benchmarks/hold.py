@@ -29,7 +29,7 @@ import msgspec
 import uvloop
 from abuse import make_target
 from attacks import ATTACKS, Target
-from run import service
+from bench.servers import service
 
 from progressdb_kms.cli.__main__ import main as cli
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
-from run import pin  # type: ignore[import-not-found] # the file beside this one
+from bench.machine import pin  # type: ignore[import-not-found] # the folder beside this file
 
 from progressdb_kms.client import open_sync_provider
 

@@ -1,285 +1,131 @@
-"""Measure requests a second and CPU time a request over mTLS: create, encrypt and decrypt of 256 bytes.
+"""Measure the service against ceilings: what the same machine does without the checks of a key service.
 
-The service has one core to itself; the load generator (bombardier 1.2.6) and the store share the other. A
-bare Go server (``reference``) that does the same cryptography over the same TLS and JSON is the ceiling.
-Runs are interleaved, so that noise of the machine meets all alike; medians, the spread and the ratios to
-the reference are shown.
+The service has one core to itself; the load generator (bombardier 1.2.6) and the store share the other. Runs
+of all cases are interleaved, so that noise of the machine meets all alike; medians, the spread and ratios are
+printed and written to latest.json, with the conditions. README.md beside this file says what each means.
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
 import json
 import os
-import shutil
-import signal
-import ssl
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from progressdb_kms.client import open_sync_provider
+from benchmarks.bench.batches import batch_cases
+from benchmarks.bench.cases import Case, Figures, Scene, announced, run_in_turns
+from benchmarks.bench.charts import draw_charts
+from benchmarks.bench.coalesced import coalesced_cases
+from benchmarks.bench.fairness import fairness_cases
+from benchmarks.bench.load import handshake_cases, single_cases
+from benchmarks.bench.machine import GENERATOR_CORE, conditions, pin
+from benchmarks.bench.memory import measure_memory
+from benchmarks.bench.report import document, print_report
+from benchmarks.bench.servers import reference, service
+from benchmarks.bench.starting import starting_cases
+from benchmarks.bench.store import store_cases
+from benchmarks.bench.tools import build_reference, find_generator, find_store_benchmark
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable
 
-HERE = Path(__file__).parent
-TOOLS = HERE / ".tools"
-GENERATOR = "github.com/codesenberg/bombardier@v1.2.6"
-TICKS = os.sysconf("SC_CLK_TCK")
-MESSAGE = b"m" * 256
-
-
-@dataclass(frozen=True)
-class Target:
-    """A server that is measured: where it is, its process, and path and body of each operation."""
-
-    name: str
-    url: str
-    pid: int
-    requests: dict[str, tuple[str, Path]]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One run: rates, times in microseconds, and answers that were not 200."""
-
-    server: str
-    operation: str
-    connections: int
-    per_second: float
-    cpu_us: float
-    p50_us: float
-    p99_us: float
-    failed: int
+PARTS: dict[str, Callable[[Scene], list[Case]]] = {
+    "single": single_cases,
+    "store": store_cases,
+    "handshakes": handshake_cases,
+    "batches": batch_cases,
+    "coalesced": coalesced_cases,
+    "start": starting_cases,
+    "fairness": fairness_cases,
+}
+"""Parts by name; "memory" beside them has a development instance of its own."""
+NAMES = (*PARTS, "memory")
+NEED_GO = {"single", "handshakes", "batches", "start", "fairness"}
+"""Parts that use the generator or the reference, which Go builds; the others run without it."""
+QUICK = {"seconds": 0.1, "runs": 1, "keys": 500}
 
 
 def main() -> int:
-    """Run everything and print a table."""
+    """Run the chosen parts; 1 where a request failed, which spoils the figures."""
+    options = read_options()
+    needs_go = not NEED_GO.isdisjoint(options.only)
+    if needs_go:
+        # Before this process keeps to one core: Go builds with all that it has.
+        find_generator()
+        build_reference()
+    if "store" in options.only:
+        find_store_benchmark()
+    found = conditions()
+    began = time.monotonic()
+    pin(os.getpid(), GENERATOR_CORE)
+    figures = Figures()
+    chosen = [make for name, make in PARTS.items() if name in options.only]
+    if chosen:
+        with (
+            announced("load"),
+            service() as ready,
+            reference(ready) if needs_go else nullcontext(("", 0)) as (url, pid),
+            tempfile.TemporaryDirectory() as folder,
+        ):
+            scene = Scene(ready, url, pid, Path(folder), options.seconds)
+            run_in_turns([case for make in chosen for case in make(scene)], options.runs, figures)
+    if "memory" in options.only and options.keys:
+        with announced("memory"):
+            measure_memory(figures, counts_up_to(options.keys))
+    found |= {
+        "load_average_after": list(os.getloadavg()),
+        "seconds": round(time.monotonic() - began),
+        "seconds_of_a_run": options.seconds,
+        "runs": options.runs,
+        "only": options.only,
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "latest.json").write_text(json.dumps(document(figures, found), indent=1) + "\n")
+    print_report(figures, found)
+    charts = draw_charts(figures, options.charts or options.out)
+    print(f"\nwrote {options.out / 'latest.json'}" + "".join(f", {path}" for path in charts))
+    if figures.failed:
+        print(f"{figures.failed} requests failed: the figures are not to be used", file=sys.stderr)
+    return 1 if figures.failed else 0
+
+
+def read_options() -> argparse.Namespace:
+    """Read the command line; ``only`` becomes a list of names."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seconds", type=int, default=5, help="length of one run")
-    parser.add_argument("--runs", type=int, default=3, help="runs of each combination")
-    parser.add_argument("--connections", type=int, nargs="+", default=[1, 16, 64])
-    parser.add_argument("--operations", nargs="+", default=["create", "encrypt", "decrypt"])
+    parser.add_argument("--only", default=",".join(NAMES), metavar="NAME,...", help=f"of: {', '.join(NAMES)}")
+    parser.add_argument("--seconds", type=float, default=4, help="length of one run (4)")
+    parser.add_argument("--runs", type=int, default=3, help="interleaved runs of each case (3)")
+    parser.add_argument(
+        "--keys",
+        type=int,
+        default=1_000_000,
+        help="keys to measure memory with, after a tenth of them; 0: none",
+    )
+    parser.add_argument("--quick", action="store_true", help="one short run of each: does it work at all?")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results", help="folder of latest.json and charts"
+    )
+    parser.add_argument("--charts", type=Path, help="another folder for the charts, which has to be there")
     options = parser.parse_args()
-    generator = find_generator()
-    samples = []
-    with service() as ready, tempfile.TemporaryDirectory() as bodies, reference(ready) as (url, pid):
-        client = ready["clients"]["server"]
-        targets = [
-            Target("service", ready["url"], ready["pid"], write_bodies(ready, Path(bodies))),
-            Target("reference", url, pid, reference_bodies(url, ready, Path(bodies))),
-        ]
-        for _ in range(options.runs):
-            for connections in options.connections:
-                for operation in options.operations:
-                    for target in targets:
-                        if operation in target.requests:
-                            samples.append(
-                                measure(generator, target, client, operation, connections, options.seconds)
-                            )
-                            print(".", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
-    results = HERE / "results"
-    results.mkdir(exist_ok=True)
-    report = ratios(samples) | {"samples": [asdict(sample) for sample in samples]}
-    (results / "latest.json").write_text(json.dumps(report, indent=1) + "\n")
-    print_table(samples)
-    print("\n".join(f"{name}: {value:.2f}" for name, value in ratios(samples).items()))
-    return 1 if any(sample.failed for sample in samples) else 0
+    options.only = [name for name in options.only.split(",") if name]
+    for name in options.only:
+        if name not in NAMES:
+            parser.error(f"--only: there is no {name}; there are {', '.join(NAMES)}")
+    if options.quick:
+        vars(options).update(QUICK)
+    return options
 
 
-def find_generator() -> Path:
-    """Return the load generator, built by Go if it is not there."""
-    found = shutil.which("bombardier") or shutil.which("bombardier", path=str(TOOLS))
-    if found:
-        return Path(found)
-    if shutil.which("go") is None:
-        sys.exit(
-            f"the load generator is missing: install Go, or put bombardier on PATH (go install {GENERATOR})"
-        )
-    subprocess.run(["go", "install", GENERATOR], env={**os.environ, "GOBIN": str(TOOLS)}, check=True)
-    return TOOLS / "bombardier"
-
-
-@contextmanager
-def service(program: Sequence[str] = ("-m", "progressdb_kms.cli")) -> Iterator[dict[str, Any]]:
-    """Run a development instance, the service on the first core, its store on the second.
-
-    Args:
-        program: The command line, as Python is told of it.
-    """
-    with tempfile.TemporaryDirectory() as directory:
-        ready_file = Path(directory) / "ready"
-        command = [
-            sys.executable,
-            *program,
-            "dev",
-            "--dir",
-            f"{directory}/dev",
-            "--port",
-            "0",
-        ]
-        command += ["--admin-port", "0", "--ready-file", str(ready_file)]
-        with (Path(directory) / "log").open("w") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log)
-        try:
-            while not ready_file.exists():
-                if process.poll() is not None:
-                    sys.exit((Path(directory) / "log").read_text())
-                time.sleep(0.05)
-            ready = json.loads(ready_file.read_text())
-            pin(ready["pid"], 0)
-            pin(ready["store_pid"], 1)
-            yield ready
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait()
-
-
-@contextmanager
-def reference(ready: dict[str, Any]) -> Iterator[tuple[str, int]]:
-    """Build and run the bare Go server on the service's core; gives its URL and process id."""
-    if shutil.which("go") is None:
-        sys.exit("Go is missing: the reference server is built with it")
-    TOOLS.mkdir(exist_ok=True)
-    binary = TOOLS / "reference"
-    subprocess.run(["go", "build", "-o", str(binary), "."], cwd=HERE / "reference", check=True)
-    pki = Path(ready["ca"]).parent
-    command = [str(binary), "-ca", ready["ca"], "-cert", str(pki / "kms.crt"), "-key", str(pki / "kms.key")]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "GOMAXPROCS": "1"}
-    )
-    try:
-        port = int((process.stdout or sys.exit("no output")).readline())
-        pin(process.pid, 0)
-        yield f"https://localhost:{port}", process.pid
-    finally:
-        process.kill()
-        process.wait()
-
-
-def reference_bodies(url: str, ready: dict[str, Any], directory: Path) -> dict[str, tuple[str, Path]]:
-    """Return the reference's operations: the same message, sealed by itself."""
-    context = ssl.create_default_context(cafile=ready["ca"])
-    context.load_cert_chain(*ready["clients"]["server"].values())
-    request = urllib.request.Request(f"{url}/encrypt", (directory / "encrypt").read_bytes())  # noqa: S310 - our own server
-    with urllib.request.urlopen(request, context=context) as answer:  # noqa: S310 - likewise
-        sealed = json.load(answer)["ciphertext"]
-    key_id = json.loads((directory / "encrypt").read_text())["key_id"]
-    file = directory / "decrypt-reference"
-    file.write_text(json.dumps({"key_id": key_id, "ciphertext": sealed}))
-    return {"encrypt": ("/encrypt", directory / "encrypt"), "decrypt": ("/decrypt", file)}
-
-
-def pin(pid: int, core: int) -> None:
-    """Keep all threads of a process on one core, where the machine has two."""
-    if (os.cpu_count() or 1) > 1:
-        for thread in Path(f"/proc/{pid}/task").iterdir():
-            os.sched_setaffinity(int(thread.name), {core})
-
-
-def write_bodies(ready: dict[str, Any], directory: Path) -> dict[str, tuple[str, Path]]:
-    """Make a key and a ciphertext, and write the body of each operation into a file."""
-    client = ready["clients"]["server"]
-    with open_sync_provider(ready["url"], ca=ready["ca"], cert=client["cert"], key=client["key"]) as kms:
-        key_id = kms.create_dek_for_thread("bench:messages").key_id
-        sealed = kms.encrypt_with_dek(key_id, MESSAGE).ciphertext
-
-    def b64(raw: bytes) -> str:
-        return base64.b64encode(raw).decode()
-
-    bodies = {
-        "create": ("/create_dek_for_thread", {"thread_id": "bench:creates"}),
-        "encrypt": ("/encrypt", {"key_id": key_id, "plaintext": b64(MESSAGE)}),
-        "decrypt": ("/decrypt", {"key_id": key_id, "ciphertext": b64(sealed)}),
-    }
-    files = {}
-    for operation, (path, body) in bodies.items():
-        file = directory / operation
-        file.write_text(json.dumps(body))
-        files[operation] = (path, file)
-    return files
-
-
-def measure(
-    generator: Path, target: Target, client: dict[str, str], operation: str, connections: int, seconds: int
-) -> Sample:
-    """Run the generator once against one route."""
-    path, body = target.requests[operation]
-    command = [str(generator), "-m", "POST", "-f", str(body), "-H", "Content-Type: application/json", "-k"]
-    command += ["--cert", client["cert"], "--key", client["key"], "-c", str(connections), "-d", f"{seconds}s"]
-    command += ["-l", "-p", "r", "-o", "json", target.url + path]
-    if (os.cpu_count() or 1) > 1:
-        command = ["taskset", "-c", "1", *command]
-    before = cpu_seconds(target.pid)
-    report = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["result"]
-    spent = cpu_seconds(target.pid) - before
-    done = report["req2xx"]
-    answered = sum(report[f"req{group}xx"] for group in range(1, 6)) + report["others"]
-    return Sample(
-        server=target.name,
-        operation=operation,
-        connections=connections,
-        per_second=done / report["timeTakenSeconds"],
-        cpu_us=spent / max(done, 1) * 1e6,
-        p50_us=report["latency"]["percentiles"]["50"],
-        p99_us=report["latency"]["percentiles"]["99"],
-        failed=answered - done,
-    )
-
-
-def cpu_seconds(pid: int) -> float:
-    """Return user and system time of a process so far."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / TICKS
-
-
-def print_table(samples: list[Sample]) -> None:
-    """Print medians, with the lowest and the highest rate of the runs."""
-    print("| operation | connections | server | req/s (min to max) | CPU us/req | p50 us | p99 us | failed |")
-    print("|---|---|---|---|---|---|---|---|")
-    for key in dict.fromkeys((sample.operation, sample.connections, sample.server) for sample in samples):
-        operation, connections, server = key
-        group = [s for s in samples if (s.operation, s.connections, s.server) == key]
-        rates = [s.per_second for s in group]
-        cpu, p50, p99 = (
-            statistics.median(getattr(s, name) for s in group) for name in ("cpu_us", "p50_us", "p99_us")
-        )
-        spread = f"{min(rates):,.0f} to {max(rates):,.0f}"
-        print(
-            f"| {operation} | {connections} | {server} | {statistics.median(rates):,.0f} ({spread})"
-            f" | {cpu:.0f} | {p50:,.0f} | {p99:,.0f} | {sum(s.failed for s in group)} |"
-        )
-
-
-def ratios(samples: list[Sample]) -> dict[str, float]:
-    """Return the reference's CPU time over the service's, and the service's p99 over the reference's."""
-    found = {}
-    for operation in ("encrypt", "decrypt"):
-        for field, name in (("cpu_us", f"{operation}_vs_go"), ("p99_us", f"{operation}_p99_vs_go")):
-            ours, theirs = (
-                [
-                    getattr(s, field)
-                    for s in samples
-                    if (s.server, s.operation, s.connections) == (server, operation, 16)
-                ]
-                for server in ("service", "reference")
-            )
-            if ours and theirs:
-                ratio = statistics.median(ours) / statistics.median(theirs)
-                found[name] = ratio if field == "p99_us" else 1 / ratio
-    return found
+def counts_up_to(keys: int) -> list[int]:
+    """Return the numbers of keys at which memory is measured: a tenth, and all."""
+    return sorted({max(keys // 10, 1), keys})
 
 
 if __name__ == "__main__":
