@@ -51,6 +51,17 @@ def len_over(scene: Scene, keep: int) -> int:
     return 14 if len(scene.store.heads) == 2 else 22
 
 
+async def test_all_that_is_too_much_goes(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it is more than goes behind one signature: records may come quickly."""
+    monkeypatch.setattr(trimming, "MOST_AT_ONCE", 10)
+    await filled(scene, "i1", 60)
+    await filled(scene, "i2", 60, close=False)
+    had = len(scene.store.stream)
+    assert await trimmer(scene, 20).run() == had - len(scene.store.stream)
+    assert len(scene.store.stream) <= 22
+    assert (await verify_store(scene.store, [KEY.verify])).problems == []
+
+
 async def test_little_is_left_alone(scene: Scene) -> None:
     """A few more than should be kept are not worth the work."""
     await filled(scene, "i1", 30)
