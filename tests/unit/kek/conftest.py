@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from progressdb_kms.kek.vault import VaultKeeper
+from progressdb_kms.settings.kek import Vault
 from tests.keepers.aws import CREDENTIALS, AwsKms, serving_aws
+from tests.keepers.files import private
 from tests.keepers.softhsm import SoftHsm, make_token
 from tests.keepers.transit import Transit, serving_transit
 
@@ -33,3 +37,21 @@ def aws() -> Iterator[AwsKms]:
     os.environ.update(CREDENTIALS)
     with serving_aws() as kms:
         yield kms
+
+
+@pytest.fixture
+def engine(transit: Transit) -> Transit:
+    """An engine in order, with the key ``k``."""
+    transit.sealed = False
+    transit.binds_aad = True
+    transit.garbled = None
+    transit.lease = 3600
+    transit.tokens = {"root"}
+    transit.keys.setdefault("k", [os.urandom(32)])
+    return transit
+
+
+@pytest.fixture
+def keeper(engine: Transit, tmp_path: Path) -> VaultKeeper:
+    """Its keeper, which logs in by a token."""
+    return VaultKeeper(Vault(address=engine.address, token_file=private(tmp_path / "token", "root\n")))
