@@ -25,7 +25,7 @@ PAGE: Final = 50
 MOST_AT_ONCE: Final = 20_000
 """Records behind one signature, so that a trim that fails has little to do again."""
 BREATH: Final = 0.003
-"""Seconds for others after each page: trimming takes half of a core at most, and yet keeps up with creates."""
+"""Seconds for others after each page: trimming takes half of a core at most, and keeps up with creates."""
 ABANDONED: Final = 7 * 86_400.0
 """Seconds of silence after which a chain that was never closed counts as ended."""
 KEPT_WITHOUT_STREAM: Final = 90 * 86_400.0

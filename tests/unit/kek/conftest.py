@@ -25,10 +25,22 @@ def hsm(tmp_path_factory: pytest.TempPathFactory) -> SoftHsm:
 
 
 @pytest.fixture(scope="session")
-def transit() -> Iterator[Transit]:
-    """A transit engine."""
+def served_transit() -> Iterator[Transit]:
+    """A transit engine, in whatever state the tests leave it."""
     with serving_transit() as engine:
         yield engine
+
+
+@pytest.fixture
+def transit(served_transit: Transit) -> Transit:
+    """A transit engine in order."""
+    served_transit.sealed = False
+    served_transit.binds_aad = True
+    served_transit.garbled = None
+    served_transit.lease = 3600
+    served_transit.tokens = {"root"}
+    served_transit.min_decryption.clear()
+    return served_transit
 
 
 @pytest.fixture(scope="session")
@@ -41,12 +53,7 @@ def aws() -> Iterator[AwsKms]:
 
 @pytest.fixture
 def engine(transit: Transit) -> Transit:
-    """An engine in order, with the key ``k``."""
-    transit.sealed = False
-    transit.binds_aad = True
-    transit.garbled = None
-    transit.lease = 3600
-    transit.tokens = {"root"}
+    """An engine with the key ``k``."""
     transit.keys.setdefault("k", [os.urandom(32)])
     return transit
 
