@@ -89,7 +89,7 @@ def test_there_and_back_again(world: World, transit: Transit, tmp_path: Path) ->
     """From the file to the token, to the engine and back: no key is lost, and a restart finds all."""
     one, two = world.instances
     sealed = make_keys(one.client("server"), KEYS)
-    names = ["pkcs11:kek one", engine_key(transit), "pkcs11:kek two"]
+    names = ["pkcs11:kek one", engine_key(transit)]
     for key in names:
         version = add(one, key, *(["--generate"] if key.startswith("pkcs11") else []))
         assert rotate(one)["target_version"] == version
@@ -99,7 +99,7 @@ def test_there_and_back_again(world: World, transit: Transit, tmp_path: Path) ->
             assert_readable(each.client("server"), sealed)
     listed = one.client("operator").get("/v1/keks").ok()["keks"]
     assert listed[0]["source"] == "file"
-    assert [kek["source"] for kek in listed[-3:]] == ["pkcs11", "vault", "pkcs11"]
+    assert [kek["source"] for kek in listed[-2:]] == ["pkcs11", "vault"]
     two.kill()
     two.start()
     assert_readable(two.client("server"), sealed)
@@ -123,14 +123,14 @@ def test_there_and_back_again(world: World, transit: Transit, tmp_path: Path) ->
         assert_readable(each.client("server"), sealed)
 
 
-@pytest.mark.parametrize("point", ["registered", "rewrap:slot:200"])
-def test_a_job_that_dies_goes_on_with_the_same_key(world: World, point: str) -> None:
+def test_a_job_that_dies_goes_on_with_the_same_key(world: World) -> None:
     """A token gives another check value each time it is asked: the registered one counts."""
     one = world.instances[0]
     sealed = make_keys(one.client("server"), KEYS)
     version = add(one, f"pkcs11:{secrets.token_hex(4)}", "--generate")
-    assert Job(one, fault=point, lease=1).exit_code() == -signal.SIGKILL
-    time.sleep(1.1)  # the killed run's lease
+    for point in ("registered", "rewrap:slot:200"):
+        assert Job(one, fault=point, lease=1).exit_code() == -signal.SIGKILL
+        time.sleep(1.1)  # the killed run's lease
     assert rotate(one, lease=1)["target_version"] == version
     assert_readable(one.client("server"), sealed)
 
