@@ -38,7 +38,7 @@ class Transit:
         tokens: Tokens that it knows.
         calls: Paths that were called.
         sealed: Whether it answers 503.
-        binds_aad: Whether it knows ``associated_data``; releases of Vault before 1.9 leave it out silently.
+        binds_aad: Whether it knows ``associated_data``; releases of Vault before 1.13 leave it out silently.
         lease: Seconds that a login is said to last.
         garbled: Answers with this instead.
     """
