@@ -25,8 +25,9 @@ from progressdb_kms.domain.keys import (
     refusal,
     slot_tag,
 )
+from progressdb_kms.usecases.creation import Wanted, create_deks
 from progressdb_kms.usecases.dekrotation import rotate_dek
-from progressdb_kms.usecases.lifecycle import Wanted, change_state, create_deks, rewrap
+from progressdb_kms.usecases.lifecycle import change_state, rewrap
 from progressdb_kms.usecases.messages import Decrypted, DecryptItem, Encrypted, EncryptItem, Failed
 from tests.store.life_base import DAY, LifeBase
 from tests.store.life_house import TAGS, Instance

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,17 @@ import msgspec
 
 from progressdb_kms.domain.errors import KmsError, StoreUnavailable
 from progressdb_kms.domain.identity import Identity, IdentityKind
+from progressdb_kms.domain.keyring import KekInfo, KekState, kek_id_of
 from progressdb_kms.domain.keys import DekRecord, NewDek
 from progressdb_kms.domain.policy import parse_policy
 from progressdb_kms.kek.file import FileKekSource
 from progressdb_kms.ports import AuditEvent, Changes
 from progressdb_kms.store.memory import MemoryStore
 from progressdb_kms.usecases.context import Bounds, Kms
+from progressdb_kms.usecases.creation import Wanted, create_deks
 from progressdb_kms.usecases.encryption import Hot
 from progressdb_kms.usecases.keks import KekBook
 from progressdb_kms.usecases.keycache import DekCache
-from progressdb_kms.usecases.lifecycle import Wanted, create_deks
 from progressdb_kms.usecases.loading import Loader
 from progressdb_kms.usecases.messages import JSON
 from progressdb_kms.usecases.session import PolicyBook, Session
@@ -257,3 +258,24 @@ async def make_world(folder: Path, *, bounds: Bounds | None = None, max_stale: f
     return World(
         kms, store, keks, cache, Loader(kms), Hot(kms), clock, now, watcher, trail, book, kek_path, source
     )
+
+
+async def create(
+    world: World, thread_id: str = "room:1", key: str | None = None, name: str = "server"
+) -> DekRecord:
+    """Make or find a key."""
+    (record,) = await create_deks(world.kms, world.session(name), [Wanted(thread_id, key)], "r")
+    assert isinstance(record, DekRecord)
+    return record
+
+
+async def activate(world: World, version: int = 2) -> None:
+    """Rotate the KEK as a rotation does: load, register, activate."""
+    write_keks(world.kek_path, v1="kek 1", v2="kek 2")
+    world.source.reload(world.keks.required())
+    value = await world.source.check_value(version)
+    view = world.store._view
+    assert view is not None
+    info = KekInfo(version, kek_id_of(value), "file", str(version), value, KekState.ACTIVE, 0, 0)
+    old = replace(view.keks[1], state=KekState.DECRYPT_ONLY)
+    world.store._view = replace(view, keks={1: old, version: info}, active=version, revision=2)

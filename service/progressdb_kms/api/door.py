@@ -192,13 +192,12 @@ class HotRequest:
         )
 
     async def _later(self, session: Session, body: bytes, request_id: str, began: float) -> RawAnswer:
-        with structlog.contextvars.bound_contextvars(**self._context(request_id)):
-            try:
-                return self._done(
-                    session, await self._performed(session, body, request_id), request_id, began
-                )
-            except Exception as error:  # noqa: BLE001 - explained to log and caller
-                return self._failed(session, error, request_id, began)
+        # Runs in a task of its own, whose context ends with it.
+        structlog.contextvars.bind_contextvars(**self._context(request_id))
+        try:
+            return self._done(session, await self._performed(session, body, request_id), request_id, began)
+        except Exception as error:  # noqa: BLE001 - explained to log and caller
+            return self._failed(session, error, request_id, began)
 
     async def _performed(self, session: Session, body: bytes, request_id: str) -> Answer:
         api, head, route = self._api, self._head, self._route

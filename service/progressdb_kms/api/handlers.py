@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from progressdb_kms.api.call import Answer, Call
-from progressdb_kms.api.longbatch import LONG_BYTES, answer_in_slices, create_in_slices, with_turns
+from progressdb_kms.api.longbatch import LONG_BYTES, answer_in_slices, with_turns
 from progressdb_kms.api.models import (
     AuditRecords,
     BackupList,
@@ -35,8 +35,8 @@ from progressdb_kms.domain.keys import KeyState, StateChange
 from progressdb_kms.domain.policy import Permission
 from progressdb_kms.usecases import auditread, dekrotation, lifecycle, rotationwatch
 from progressdb_kms.usecases.batches import BatchReader
+from progressdb_kms.usecases.creation import Wanted, create_deks
 from progressdb_kms.usecases.encryption import DECRYPT_BATCH, ENCRYPT_BATCH, failed
-from progressdb_kms.usecases.lifecycle import Wanted
 from progressdb_kms.usecases.messages import (
     CreatedDek,
     CreateItem,
@@ -65,7 +65,7 @@ _SCHEDULE: Final = Reader(ScheduleDestruction)
 async def create_dek_for_thread(call: Call) -> bytes:
     """Make a DEK for a thread."""
     request = _CREATE.read(call.content_type, call.body)
-    (result,) = await lifecycle.create_deks(
+    (result,) = await create_deks(
         call.kms, call.session, [Wanted(request.thread_id, _idempotency_key(call))], call.request_id
     )
     if isinstance(result, KmsError):
@@ -98,7 +98,7 @@ async def create_dek_batch(call: Call) -> bytes:
         items = _CREATE_BATCH.read(call.content_type, call.body, limit)
     wanted = [_wanted(_CREATE_BATCH.item(call.content_type, item)) for item in items]
     call.session.charge(len(wanted) - 1)
-    results = await create_in_slices(call, wanted)
+    results = await create_deks(call.kms, call.session, wanted, call.request_id)
     for result in results:
         if isinstance(result, PermissionDenied):
             call.kms.refusals.note(result, "/create_dek_batch", call.request_id)

@@ -15,9 +15,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from msgspec import Raw, Struct
 
 from progressdb_kms.domain.errors import KmsError
-from progressdb_kms.domain.keys import DekRecord
 from progressdb_kms.usecases.batches import ResultsWriter
-from progressdb_kms.usecases.lifecycle import create_deks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -25,16 +23,12 @@ if TYPE_CHECKING:
     from progressdb_kms.api.call import Call
     from progressdb_kms.usecases.batches import BatchReader
     from progressdb_kms.usecases.encryption import Loaded, Miss
-    from progressdb_kms.usecases.lifecycle import Wanted
     from progressdb_kms.usecases.session import Session
 
 LONG_BYTES: Final = 2**16
 """Bodies above this are cut; those below hold about a thousand items at most, or little to encrypt."""
 SLICE_ITEMS: Final = 256
 SLICE_BYTES: Final = 2**18
-
-CREATES: Final = 128
-"""DEKs that are made at a time: naming, wrapping, sending and auditing take up to 20 us each."""
 
 Item = TypeVar("Item", bound=Struct)
 T = TypeVar("T")
@@ -90,29 +84,3 @@ async def answer_in_slices(
         answer.add(await call.loader.complete(partial(work, call.session, part)))
     call.session.charge(count - 1)
     return answer.finish()
-
-
-async def create_in_slices(call: Call, wanted: Sequence[Wanted | KmsError]) -> list[DekRecord | KmsError]:
-    """Make DEKs as ``lifecycle.create_deks`` does, a slice at a time.
-
-    Args:
-        call: The request.
-        wanted: What for; an error stays in its place.
-
-    Returns:
-        One result each, in order. Where a slice fails of which earlier ones have made something, it and those
-        that come after it, which are not tried, have its error for each item.
-
-    Raises:
-        KmsError: As ``create_deks`` does, if nothing has been made.
-    """
-    results: list[DekRecord | KmsError] = []
-    for begin in range(0, len(wanted) or 1, CREATES):
-        part = wanted[begin : begin + CREATES]
-        try:
-            results += await create_deks(call.kms, call.session, part, call.request_id)
-        except KmsError as error:
-            if not any(isinstance(result, DekRecord) for result in results):
-                raise
-            return results + [each if isinstance(each, KmsError) else error for each in wanted[begin:]]
-    return results

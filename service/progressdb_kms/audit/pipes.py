@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -16,6 +15,8 @@ _MOST_CHARACTERS: Final = 16 * 2**20
 """Held for a reader that is behind; what comes then is dropped and counted, and a chain shows the hole."""
 _FAREWELL: Final = 2.0
 """Seconds that ``close`` gives the reader to take the rest."""
+_BREATH: Final = 0.01
+"""Seconds between two writes: each wakes the thread, which takes the interpreter from whoever serves."""
 
 
 class PatientStream:
@@ -29,10 +30,11 @@ class PatientStream:
     def __init__(self, stream: TextIO, observer: AuditObserver) -> None:
         self._stream = stream
         self._observer = observer
-        self._held: deque[str] = deque()
+        self._held: list[str] = []
         self._size = 0
         self._changed = threading.Condition()
-        self._ended = False
+        self._idle = False
+        self._ending = False
         # A daemon: a reader that takes nothing must not keep the process from ending.
         self._thread = threading.Thread(target=self._run, name="audit stdout", daemon=True)
         self._thread.start()
@@ -45,7 +47,9 @@ class PatientStream:
                 return len(text)
             self._held.append(text)
             self._size += len(text)
-            self._changed.notify_all()
+            if self._idle:
+                self._idle = False
+                self._changed.notify_all()
         return len(text)
 
     def flush(self) -> None:
@@ -54,16 +58,19 @@ class PatientStream:
     def close(self) -> None:
         """Wait a little for the rest to be taken."""
         end = time.monotonic() + _FAREWELL
+        self._ending = True
         with self._changed:
-            while self._size and not self._ended and (left := end - time.monotonic()) > 0:
+            while self._size and (left := end - time.monotonic()) > 0:
                 self._changed.wait(left)
 
     def _run(self) -> None:
         while True:
             with self._changed:
                 while not self._held:
+                    self._idle = True
                     self._changed.wait()
-                text = self._held.popleft()
+                held, self._held = self._held, []
+            text = "".join(held)
             try:
                 self._stream.write(text)
                 self._stream.flush()
@@ -72,4 +79,7 @@ class PatientStream:
                 self._observer.audit_lost("stdout", text.count("\n"))
             with self._changed:
                 self._size -= len(text)
-                self._changed.notify_all()
+                if self._ending:
+                    self._changed.notify_all()
+            if not self._ending:
+                time.sleep(_BREATH)

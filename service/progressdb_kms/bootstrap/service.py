@@ -133,7 +133,7 @@ class Service:
         self.instance = instance = secrets.token_hex(8)
         self.output = PatientStream(sys.stdout, self.metrics)
         self.audit = auditing.make_audit(settings, self.store.audit, instance, self.metrics, self.output)
-        kms = Kms(
+        self.kms = kms = Kms(
             store=self.store.keys,
             keks=self.keks,
             cache=cache,
@@ -241,6 +241,8 @@ class Service:
     async def stop(self) -> None:
         """End in order: drain, then leave the store."""
         await self.server.drain()
+        # Of whoever was cut off meanwhile: what was begun is ended, and its outcome written down.
+        await self.kms.creation.settle()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

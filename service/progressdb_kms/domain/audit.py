@@ -48,6 +48,7 @@ _MAC_TAIL: Final = len(_MAC_HEAD) + 64 + 2
 _SIGNATURE_HEAD: Final = b',"signature":"'
 _SIGNATURE_TAIL: Final = len(_SIGNATURE_HEAD) + 128 + 1
 _HEX: Final = re.compile(rb"[0-9a-f]+")
+_encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,4 +333,4 @@ def _read_json(text: bytes) -> Any:  # noqa: ANN401 - whatever JSON may hold
 
 
 def _json(fields: Mapping[str, object]) -> bytes:
-    return json.dumps(fields, ensure_ascii=True, separators=(",", ":")).encode("ascii")
+    return _encode(fields).encode("ascii")

@@ -287,7 +287,7 @@ class Door:
 
     def _answer(self, ready: Ready, body: bytes) -> None:
         answer = ready.answer(self._session, body)
-        if isinstance(answer, tuple) and isinstance(answer[2], bytes) and len(answer[2]) <= PIECE:
+        if isinstance(answer, tuple) and _is_short(answer):
             self._send(answer)
         else:
             self._busy = True
@@ -296,24 +296,40 @@ class Door:
 
     def _send(self, answer: RawAnswer) -> None:
         """Send an answer that fits into one piece."""
-        connection, transport = self._connection, self._transport
-        if connection.phase is Phase.CLOSING or transport.is_closing():
+        connection = self._connection
+        if not self._written(answer):
             return
-        close = answer[3] or connection.last_answer
-        transport.write(b"".join(_pieces_of(answer, close=close)))
-        if close:
-            connection.finish("done", answered=True)
-        elif self._blocked():
+        if self._blocked():
             self._busy = True
             connection.request_began()
             self._task = self._start(self._flush)
         else:
             connection.request_done(buffered=bool(self._buffer))
 
+    def _written(self, answer: RawAnswer) -> bool:
+        """Write an answer that fits into one piece; returns whether the connection goes on."""
+        connection, transport = self._connection, self._transport
+        if connection.phase is Phase.CLOSING or transport.is_closing():
+            return False
+        status, head, body, close = answer
+        close = close or connection.last_answer
+        transport.write(
+            b"%b%b%b%b%b" % (_STATUS[status], head, _CLOSE if close else b"", _date(), cast("bytes", body))
+        )
+        if close:
+            connection.finish("done", answered=True)
+        return not close
+
     async def _finish(self, answer: RawAnswer | Later) -> None:
         """Wait for an answer if need be, and send it, however long it is."""
         if not isinstance(answer, tuple):
             answer = await answer()
+        if _is_short(answer):
+            if self._written(answer):
+                if self._blocked():
+                    await self._write((b"",))
+                self._go_on()
+            return
         connection = self._connection
         if connection.phase is Phase.CLOSING:
             return
@@ -336,6 +352,11 @@ class Door:
         if self._buffer and self._connection.phase is not Phase.CLOSING:
             self._wait()
         self._flow()
+
+
+def _is_short(answer: RawAnswer) -> bool:
+    body = answer[2]
+    return isinstance(body, bytes) and len(body) <= PIECE
 
 
 def _pieces_of(answer: RawAnswer, *, close: bool) -> Iterator[bytes]:

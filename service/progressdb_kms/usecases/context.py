@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from progressdb_kms.usecases.calls import CallLog, Mode
+from progressdb_kms.usecases.creation import Creation
 from progressdb_kms.usecases.refusals import RefusalLog
 from progressdb_kms.usecases.session import PolicyBook
 
@@ -51,6 +52,7 @@ class Kms:
         bounds: Limits.
         refusals: Where refusals gather for the audit log.
         calls: Where encryptions and decryptions do.
+        creation: Makes keys, for all callers together.
         now: Gives Unix seconds.
         clock: Gives seconds of CLOCK_BOOTTIME.
         random: Gives that many bytes from a cryptographic generator (SP 800-90A, the kernel's).
@@ -70,8 +72,10 @@ class Kms:
     random: Callable[[int], bytes] = os.urandom
     refusals: RefusalLog = field(init=False)
     calls: CallLog = field(init=False)
+    creation: Creation = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "refusals", RefusalLog(self.audit, self.clock))
         calls = CallLog(self.audit, self.bounds.audited_calls, self.bounds.audit_interval, self.clock)
         object.__setattr__(self, "calls", calls)
+        object.__setattr__(self, "creation", Creation(self))

@@ -1,14 +1,11 @@
-"""The life of a DEK: made, read, rewrapped, disabled, destroyed."""
+"""The life of a DEK once it is made: read, rewrapped, disabled, destroyed."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final, NamedTuple
-
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
 
 from progressdb_kms.domain.errors import (
-    BatchTooLarge,
     InvalidField,
     KekUnavailable,
     KekUnreachable,
@@ -20,195 +17,23 @@ from progressdb_kms.domain.errors import (
     WrappedKeyInvalid,
 )
 from progressdb_kms.domain.keys import (
-    DEK_BYTES,
-    UNIQUE_BYTES,
     DekRecord,
     KeyState,
-    NewDek,
     StateChange,
-    check_idempotency_key,
     check_thread_id,
-    derive_key_id,
-    new_key_id,
 )
 from progressdb_kms.domain.policy import Permission
 from progressdb_kms.ports import AuditEvent
-from progressdb_kms.usecases.keycache import CachedDek
 from progressdb_kms.usecases.loading import unwrap_records
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from progressdb_kms.ports import KeyPage
     from progressdb_kms.usecases.context import Kms
     from progressdb_kms.usecases.session import Session
 
 _ATTEMPTS: Final = 3
-"""Tries of a wrap that races with a rotation of the KEK, or of a rewrap that races with another."""
+"""Tries of a rewrap that races with another, or with a rotation of the KEK."""
 DAY: Final = 86_400
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """A DEK that a caller asks for; with an idempotency key, the same one each time."""
-
-    thread_id: str
-    idempotency_key: str | None = None
-
-
-async def create_deks(
-    kms: Kms, session: Session, wanted: Sequence[Wanted | KmsError], request_id: str
-) -> list[DekRecord | KmsError]:
-    """Make DEKs, or find those that the same idempotency keys made before; one result each, in order.
-
-    Returns only when what it returns can't be lost.
-
-    Args:
-        kms: The service.
-        session: Who asks.
-        wanted: What for; an error stays in its place.
-        request_id: For the audit log.
-
-    Raises:
-        PermissionDenied: The caller may create no key at all.
-        BatchTooLarge: Too many.
-        ServiceError: Nothing could be made.
-    """
-    todo, results = _wanted(kms, session, wanted)
-    made: list[tuple[DekRecord, bool]] = []
-    if kms.audit.durable:
-        await kms.audit.record([_told(session, request_id, "intent", each) for each in todo])
-    failure: KmsError | None = None
-    try:
-        await _store_all(kms, session, todo, results, made)
-    except KmsError as error:
-        failure = error
-    outcomes = [_told(session, request_id, "ok", record, "" if fresh else "replay") for record, fresh in made]
-    if kms.audit.durable:
-        for each in todo:
-            result = results[each.number]
-            if isinstance(result, KmsError):
-                outcomes.append(_told(session, request_id, "failed", each, result.code))
-    await kms.audit.record(outcomes)
-    # With nothing made the caller gets the reason; else each item says for itself how it went.
-    if failure is not None and not made:
-        raise failure
-    return results
-
-
-def _told(
-    session: Session, request_id: str, outcome: str, key: _Named | DekRecord, detail: str = ""
-) -> AuditEvent:
-    return AuditEvent("key.create", outcome, session.name, request_id, key.key_id, key.thread_id, detail)
-
-
-class _Named(NamedTuple):
-    """A DEK about to be made: its place among those wanted, and its names."""
-
-    number: int
-    key_id: str
-    thread_id: str
-
-
-def _named(kms: Kms, session: Session, number: int, want: Wanted | KmsError) -> _Named:
-    if isinstance(want, KmsError):
-        raise want
-    thread_id = check_thread_id(want.thread_id)
-    session.grants().require(Permission.CREATE, thread_id)
-    if want.idempotency_key is None:
-        return _Named(number, new_key_id(thread_id, kms.random(UNIQUE_BYTES)), thread_id)
-    key = check_idempotency_key(want.idempotency_key)
-    return _Named(number, derive_key_id(session.name, key, thread_id), thread_id)
-
-
-def _wanted(
-    kms: Kms, session: Session, wanted: Sequence[Wanted | KmsError]
-) -> tuple[list[_Named], list[DekRecord | KmsError]]:
-    """Return what is to be made, and the results so far."""
-    grants = session.grants()
-    if not grants.allows_some(Permission.CREATE):
-        grants.require(Permission.CREATE)
-    if len(wanted) > kms.bounds.batch_items:
-        raise BatchTooLarge(f"a batch has at most {kms.bounds.batch_items} items, this one has {len(wanted)}")
-    results: list[DekRecord | KmsError] = [StoreUnavailable()] * len(wanted)
-    todo: list[_Named] = []
-    for number, want in enumerate(wanted):
-        try:
-            todo.append(_named(kms, session, number, want))
-        except KmsError as error:
-            results[number] = error
-    return todo, results
-
-
-async def _store_all(
-    kms: Kms,
-    session: Session,
-    todo: list[_Named],
-    results: list[DekRecord | KmsError],
-    made: list[tuple[DekRecord, bool]],
-) -> None:
-    """Store what is to do; fill in ``results``, and in ``made`` what was stored, even if an error ends it."""
-    for _ in range(_ATTEMPTS):
-        stale = []
-        for entry, (result, fresh) in zip(todo, await _store_new(kms, session, todo), strict=True):
-            results[entry.number] = result
-            if isinstance(result, StaleKek):
-                stale.append(entry)
-            elif isinstance(result, DekRecord):
-                made.append((result, fresh))
-        if not stale:
-            return
-        # The KEK was rotated while this instance still knew the old one: learn the new one, wrap again.
-        todo = stale
-        await kms.keks.refresh()
-
-
-async def _store_new(
-    kms: Kms, session: Session, todo: Sequence[_Named]
-) -> list[tuple[DekRecord | KmsError, bool]]:
-    """Return each result, and whether this very call made the key."""
-    if not todo:
-        return []
-    deks = [kms.random(DEK_BYTES) for _ in todo]
-    names = [(entry.key_id, entry.thread_id) for entry in todo]
-    version, kek_id, blobs = await kms.keks.wrap(deks, names)
-    now = int(kms.now())
-    began = kms.clock()
-    new = [
-        NewDek(
-            key_id=entry.key_id,
-            thread_id=entry.thread_id,
-            wrapped=blob,
-            kek_id=kek_id,
-            kek_version=version,
-            created_at=now,
-            created_by=session.name,
-        )
-        for entry, blob in zip(todo, blobs, strict=True)
-    ]
-    stored = await kms.store.create(new)
-    results: list[tuple[DekRecord | KmsError, bool]] = []
-    for dek, blob, result in zip(deks, blobs, stored, strict=True):
-        if not isinstance(result, DekRecord):
-            results.append((result, False))
-            continue
-        if result.state is KeyState.DESTROYED:
-            results.append((KeyDestroyed("the key that this Idempotency-Key made has been destroyed"), False))
-            continue
-        fresh = result.wrapped == blob
-        if fresh:  # ours and not an earlier call's: what it wraps is known
-            kms.cache.put(
-                CachedDek(
-                    key_id=result.key_id,
-                    thread_id=result.thread_id,
-                    cipher=AESGCM(dek),
-                    state=result.state,
-                    version=str(result.version),
-                    loaded_at=began,
-                )
-            )
-        results.append((result, fresh))
-    return results
 
 
 async def get_key(

@@ -20,7 +20,7 @@ from progressdb_kms.store.redis import scripts
 from progressdb_kms.store.redis.notices import Notices
 from progressdb_kms.store.redis.rotation_slots import RedisRotationSlots
 from progressdb_kms.store.redis.scripts import Script
-from progressdb_kms.usecases import dekrotation, lifecycle, upkeep
+from progressdb_kms.usecases import creation, dekrotation, upkeep
 from tests.fault import rotate_with_faults
 
 SEEDS = "PROGRESSDB_KMS_SEEDS"
@@ -75,7 +75,7 @@ def new_id_each_time() -> None:
     def derive(_identity: str, _once: str, thread_id: str) -> str:
         return new_key_id(thread_id, secrets.token_bytes(UNIQUE_BYTES))
 
-    for module in (lifecycle, dekrotation):
+    for module in (creation, dekrotation):
         module.derive_key_id = derive  # type: ignore[attr-defined]
 
 

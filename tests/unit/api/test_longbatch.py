@@ -11,9 +11,10 @@ import pytest
 
 from progressdb_kms.api.call import Call
 from progressdb_kms.api.handlers import create_dek_batch, decrypt_batch, encrypt_batch
-from progressdb_kms.api.longbatch import CREATES, SLICE_ITEMS
+from progressdb_kms.api.longbatch import SLICE_ITEMS
 from progressdb_kms.domain.errors import StoreUnavailable
 from progressdb_kms.domain.keys import StateChange
+from progressdb_kms.usecases.creation import GROUP
 from progressdb_kms.usecases.messages import JSON, MSGPACK
 from progressdb_kms.usecases.session import Session
 from tests.unit.helpers import World, make_world
@@ -136,12 +137,12 @@ async def created(world: World, items: list[Any]) -> list[dict[str, Any]]:
 
 async def test_deks_are_made_in_slices(world: World) -> None:
     """Each in its place, bad ones and repeated ones too; others get their turn in between."""
-    items: list[Any] = [{"thread_id": f"room:{number}"} for number in range(3 * CREATES)]
-    items[CREATES] = {"thread_id": ""}
+    items: list[Any] = [{"thread_id": f"room:{number}"} for number in range(3 * GROUP)]
+    items[GROUP] = {"thread_id": ""}
     items[1] = items[-1] = {"thread_id": "room:once", "idempotency_key": "once"}
     results = await created(world, items)
     assert world.store.calls["create"] == 3
-    assert [number for number, result in enumerate(results) if "error" in result] == [CREATES]
+    assert [number for number, result in enumerate(results) if "error" in result] == [GROUP]
     assert results[1]["key_id"] == results[-1]["key_id"]
     assert len({result["key_id"] for result in results if "error" not in result}) == len(items) - 2
 
@@ -149,10 +150,10 @@ async def test_deks_are_made_in_slices(world: World) -> None:
 async def test_what_has_been_made_is_told_though_a_later_slice_fails(world: World) -> None:
     """A store that goes away in between: what is left has its error, and is not tried."""
     world.store.late["create"] = lambda: setattr(world.store, "down", True)
-    items: list[Any] = [{"thread_id": "room:1"}] * (3 * CREATES)
+    items: list[Any] = [{"thread_id": "room:1"}] * (3 * GROUP)
     items[-1] = 7
     codes = [result.get("error", {}).get("code") for result in await created(world, items)]
-    assert codes == [None] * CREATES + ["store_unavailable"] * (2 * CREATES - 1) + ["invalid_field"]
+    assert codes == [None] * GROUP + ["store_unavailable"] * (2 * GROUP - 1) + ["invalid_field"]
     assert world.store.calls["create"] == 2
     with pytest.raises(StoreUnavailable):
         await created(world, items)

@@ -7,7 +7,7 @@ import pytest
 from progressdb_kms.domain.errors import AuditUnavailable, PermissionDenied
 from progressdb_kms.usecases import calls, refusals
 from progressdb_kms.usecases.calls import CallLog
-from progressdb_kms.usecases.lifecycle import Wanted, create_deks
+from progressdb_kms.usecases.creation import Wanted, create_deks
 from progressdb_kms.usecases.refusals import RefusalLog
 from tests.unit.helpers import Clock, Trail, World
 

@@ -1,4 +1,4 @@
-"""The life of a key: made once, replayed, changed, rewrapped, and each of it written down."""
+"""The life of a key: read, changed, rewrapped, and each of it written down."""
 
 from __future__ import annotations
 
@@ -10,153 +10,17 @@ import pytest
 
 from progressdb_kms.domain import errors
 from progressdb_kms.domain.envelope import parse_blob
-from progressdb_kms.domain.keyring import KekInfo, KekState, kek_id_of
-from progressdb_kms.domain.keys import DekRecord, KeyState, StateChange, locate, slot_tag
+from progressdb_kms.domain.keys import KeyState, StateChange
 from progressdb_kms.usecases.context import Bounds
 from progressdb_kms.usecases.lifecycle import (
     DAY,
-    Wanted,
     change_state,
-    create_deks,
     get_key,
     get_wrapped,
     list_keys,
     rewrap,
 )
-from tests.unit.helpers import World, make_world, write_keks
-
-
-async def create(
-    world: World, thread_id: str = "room:1", key: str | None = None, name: str = "server"
-) -> DekRecord:
-    """Make or find a key."""
-    (record,) = await create_deks(world.kms, world.session(name), [Wanted(thread_id, key)], "r")
-    assert isinstance(record, DekRecord)
-    return record
-
-
-async def activate(world: World, version: int = 2) -> None:
-    """Rotate the KEK as a rotation does: load, register, activate."""
-    write_keks(world.kek_path, v1="kek 1", v2="kek 2")
-    world.source.reload(world.keks.required())
-    value = await world.source.check_value(version)
-    view = world.store._view
-    assert view is not None
-    info = KekInfo(version, kek_id_of(value), "file", str(version), value, KekState.ACTIVE, 0, 0)
-    old = replace(view.keks[1], state=KekState.DECRYPT_ONLY)
-    world.store._view = replace(view, keks={1: old, version: info}, active=version, revision=2)
-
-
-async def test_a_key_is_made(world: World) -> None:
-    """The record holds the thread, the maker, the wrap under the active KEK; audited once."""
-    record = await create(world)
-    assert locate(record.key_id) == slot_tag("room:1")
-    assert (record.thread_id, record.version, record.state) == ("room:1", 1, KeyState.ENABLED)
-    assert (record.created_by, record.created_at, record.kek_version) == ("dns:server", 1_700_000_000, 1)
-    assert parse_blob(record.wrapped).kek_version == 1
-    (event,) = world.trail.events
-    assert (event.action, event.outcome, event.identity) == ("key.create", "ok", "dns:server")
-    assert (event.key_id, event.thread_id, event.request_id) == (record.key_id, "room:1", "r")
-
-
-async def test_a_second_create_makes_another_key(world: World) -> None:
-    """Without an idempotency key each call makes one; the thread's other keys stay enabled."""
-    one, two = await create(world), await create(world)
-    assert one.key_id != two.key_id
-    assert (one.version, two.version) == (1, 2)
-    assert (await get_key(world.kms, world.session(), one.key_id)).state is KeyState.ENABLED
-
-
-async def test_the_same_idempotency_key_finds_the_same_key(world: World) -> None:
-    """Again, after a rewrap, and within one batch; from another identity or thread it is another key."""
-    first = await create(world, key="once")
-    assert await create(world, key="once") == first
-    wanted = [Wanted("room:1", "once"), Wanted("room:1", "twice"), Wanted("room:1", "twice")]
-    results = await create_deks(world.kms, world.session(), wanted, "r")
-    assert results[0] == first
-    assert results[1] == results[2]
-    await activate(world)
-    await world.keks.refresh()
-    await rewrap(world.kms, world.session("operator"), first.key_id, "r")
-    again = await create(world, key="once")
-    assert again.key_id == first.key_id
-    assert again.kek_version == 2
-    others = [await create(world, key="once", name="operator"), await create(world, "room:2", "once")]
-    assert len({first.key_id, *(other.key_id for other in others)}) == 3
-
-
-async def test_a_replay_encrypts_with_the_first_key(world: World) -> None:
-    """The second create's own DEK is thrown away: what the first encrypted, the second's caller decrypts."""
-    first = await create(world, key="once")
-    sealed = (await world.encrypt(first.key_id))["ciphertext"]
-    await create(world, key="once")
-    assert await world.decrypt(first.key_id, sealed)
-    world.cache.restart()
-    assert await world.decrypt(first.key_id, sealed)
-
-
-async def test_a_replay_of_a_destroyed_key_says_so(world: World) -> None:
-    """A destroyed key does not come back by a retry."""
-    first = await create(world, key="once")
-    world.store._records[first.key_id] = replace(first, wrapped=b"", state=KeyState.DESTROYED)
-    (result,) = await create_deks(world.kms, world.session(), [Wanted("room:1", "once")], "r")
-    assert isinstance(result, errors.KeyDestroyed)
-
-
-async def test_errors_stay_in_their_places(world: World) -> None:
-    """One bad item of a batch is an error where it stands."""
-    wanted: list[Any] = [
-        Wanted("room:1"),
-        errors.InvalidField("bad"),
-        Wanted(""),
-        Wanted("mail:1"),
-        Wanted("room:2", "a b"),
-        Wanted("room:2", ""),
-        Wanted("room:3", "ok"),
-    ]
-    results = await create_deks(world.kms, world.session("room"), wanted, "r")
-    assert [getattr(result, "code", None) for result in results] == [
-        None,
-        "invalid_field",
-        "invalid_thread_id",
-        "permission_denied",
-        "invalid_header",
-        "invalid_header",
-        None,
-    ]
-    assert world.trail.said() == [("key.create", "ok")] * 2
-    assert await create_deks(world.kms, world.session(), [], "r") == []
-
-
-async def test_creating_needs_a_grant_and_a_bounded_batch(world: World) -> None:
-    """Refused as a whole, and nothing is stored."""
-    with pytest.raises(errors.PermissionDenied):
-        await create_deks(world.kms, world.session("stranger"), [Wanted("room:1")], "r")
-    with pytest.raises(errors.BatchTooLarge):
-        await create_deks(world.kms, world.session(), [Wanted("t")] * (Bounds().batch_items + 1), "r")
-    assert not world.store.calls["create"]
-
-
-async def test_a_stale_kek_is_refreshed_and_wrapped_again(world: World) -> None:
-    """An instance that slept through a rotation learns the new KEK and uses it; nothing is audited twice."""
-    await activate(world)
-    world.store.set_floor("room:1", 2)
-    results = await create_deks(world.kms, world.session(), [Wanted("room:1"), Wanted("room:other")], "r")
-    stored = [result for result in results if isinstance(result, DekRecord)]
-    assert [record.kek_version for record in stored if record.thread_id == "room:1"] == [2]
-    assert len(stored) == 2
-    assert world.trail.said() == [("key.create", "ok")] * 2
-    assert await world.encrypt(stored[0].key_id)
-
-
-async def test_a_kek_that_stays_stale_is_an_error(world: World) -> None:
-    """Where no newer KEK is found the item fails, retryably, and is not stored."""
-    world.store.set_floor("room:1", 9)
-    (result,) = await create_deks(world.kms, world.session(), [Wanted("room:1")], "r")
-    assert isinstance(result, errors.StaleKek)
-    assert result.retryable
-    assert world.store.calls["create"] == 3
-    assert not world.trail.events
+from tests.unit.helpers import World, activate, create, make_world
 
 
 async def test_reading_a_key_needs_a_grant_for_its_thread(world: World) -> None:
@@ -394,35 +258,6 @@ async def test_refusals_inside_a_batch_are_written_down(world: World) -> None:
     await world.kms.refusals.write()
     (event,) = world.trail.events
     assert (event.identity, event.detail) == ("dns:room", "key:encrypt /encrypt_batch count=3")
-
-
-async def test_what_was_made_is_audited_though_the_rest_failed(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A registry that can't be read in the middle of a batch does not hide the keys that exist."""
-    real = world.store.create
-
-    async def half(deks):
-        (first,) = await real(deks[:1])
-        return [first, errors.StaleKek()]
-
-    async def away():
-        raise errors.StoreUnavailable
-
-    monkeypatch.setattr(world.store, "create", half)
-    monkeypatch.setattr(world.kms.keks, "refresh", away)
-    wanted = [Wanted("room:1"), Wanted("room:2")]
-    first, second = await create_deks(world.kms, world.session(), wanted, "r")
-    assert isinstance(first, DekRecord)
-    assert isinstance(second, errors.StaleKek)
-    assert [event.key_id for event in world.trail.events] == [first.key_id]
-
-
-async def test_a_replay_is_audited_as_one(world: World) -> None:
-    """The log tells a new key from one that was found again."""
-    for _ in range(2):
-        await create_deks(world.kms, world.session(), [Wanted("room:1", "again")], "r")
-    assert [event.detail for event in world.trail.events] == ["", "replay"]
 
 
 async def test_bounds_come_from_the_caller(tmp_path: Any) -> None:

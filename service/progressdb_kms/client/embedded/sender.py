@@ -26,11 +26,11 @@ from progressdb_kms.store.memory import MemoryStore
 from progressdb_kms.usecases import lifecycle
 from progressdb_kms.usecases.batches import BatchReader
 from progressdb_kms.usecases.context import Kms, boottime
+from progressdb_kms.usecases.creation import Wanted, create_deks
 from progressdb_kms.usecases.dekrotation import rotate_dek
 from progressdb_kms.usecases.encryption import Hot, failed
 from progressdb_kms.usecases.keks import KekBook
 from progressdb_kms.usecases.keycache import DekCache
-from progressdb_kms.usecases.lifecycle import Wanted
 from progressdb_kms.usecases.loading import Loader
 from progressdb_kms.usecases.messages import (
     MSGPACK,
@@ -204,6 +204,7 @@ class EmbeddedSender:
     async def close(self) -> None:
         """Forget all keys."""
         self._closed = True
+        await self._kms.creation.settle()
         await self._store.close()
 
     async def wrap(self, dek: bytes) -> bytes:
@@ -231,7 +232,7 @@ class EmbeddedSender:
     async def _create(self, call: Call[Any], body: bytes) -> bytes:
         request = _CREATE.read(MSGPACK, body)
         wanted = Wanted(request.thread_id, call.idempotency_key)
-        (result,) = await lifecycle.create_deks(self._kms, self._session, [wanted], "")
+        (result,) = await create_deks(self._kms, self._session, [wanted], "")
         if isinstance(result, KmsError):
             raise result
         return encode(MSGPACK, CreatedDek.of(result))
@@ -246,7 +247,7 @@ class EmbeddedSender:
             item if isinstance(item, KmsError) else Wanted(item.thread_id, item.once)
             for item in _CREATE_BATCH.read(MSGPACK, body, self._kms.bounds.batch_items)
         ]
-        results = await lifecycle.create_deks(self._kms, self._session, wanted, "")
+        results = await create_deks(self._kms, self._session, wanted, "")
         return encode(
             MSGPACK,
             Results(
