@@ -69,7 +69,7 @@ def given_request_id(given: str) -> str | None:
 
 def new_request_id() -> str:
     """Return a name for a request. It is no secret and opens nothing, so that a fast generator will do."""
-    return f"{getrandbits(128):032x}"
+    return getrandbits(128).to_bytes(16).hex()
 
 
 def log_context(request_id: str, traceparent: str) -> dict[str, str]:

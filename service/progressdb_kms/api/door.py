@@ -131,6 +131,7 @@ class HotRequest:
         "_api",
         "_at_once",
         "_content_type",
+        "_counted",
         "_debug",
         "_functions",
         "_head",
@@ -155,6 +156,7 @@ class HotRequest:
         debug: bool,
     ) -> None:
         self._api = api
+        self._counted = api.counted
         self._functions = functions
         self._route = route
         self._path = route.path
@@ -224,12 +226,9 @@ class HotRequest:
 
     def _done(self, session: Session, body: Answer, request_id: str, began: float) -> RawAnswer:
         self._count(session, 200, "ok", request_id, began)
-        head = b"%b%d\r\nx-request-id: %b\r\ncache-control: no-store\r\n" % (
-            self._prefix,
-            len(body) if isinstance(body, bytes) else sum(map(len, body)),
-            request_id.encode(),
-        )
-        return 200, head, body, False
+        length = len(body) if isinstance(body, bytes) else sum(map(len, body))
+        id_line = b"\r\nx-request-id: %b\r\ncache-control: no-store\r\n" % request_id.encode()
+        return 200, b"%b%d%b" % (self._prefix, length, id_line), body, False
 
     def _failed(self, session: Session, error: Exception, request_id: str, began: float) -> RawAnswer:
         with structlog.contextvars.bound_contextvars(**self._context(request_id)):
@@ -249,7 +248,7 @@ class HotRequest:
 
     def _count(self, session: Session, status: int, code: str, request_id: str, began: float) -> None:
         seconds = time.perf_counter() - began
-        self._api.counted(self._path, status, code, session.kind, seconds)
+        self._counted(self._path, status, code, session.kind, seconds)
         if self._debug:
             with structlog.contextvars.bound_contextvars(**self._context(request_id)):
                 log.debug(

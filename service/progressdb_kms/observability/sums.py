@@ -7,8 +7,10 @@ much as the encryption that they count. The event loop alone adds to these, and 
 from __future__ import annotations
 
 from bisect import bisect_left
-from itertools import accumulate
-from typing import TYPE_CHECKING, Final
+from collections import Counter
+from itertools import accumulate, repeat
+from operator import add
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 
@@ -21,31 +23,45 @@ LATENCY: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.
 """Upper bounds of the buckets, in seconds."""
 
 
+_Labels: TypeAlias = tuple[str, int, str, str]
+"""Route, status, code, kind of identity."""
+
+
+class Answers:
+    """Requests that were answered alike: one door, route, status, code and kind of identity."""
+
+    __slots__ = ("buckets", "seconds")
+
+    def __init__(self) -> None:
+        self.buckets = [0] * (len(LATENCY) + 1)
+        self.seconds = 0.0
+
+
 class RequestSums:
     """A Prometheus collector of answered requests and of uses of DEKs."""
 
     def __init__(self) -> None:
-        self._answered: dict[tuple[str, int, str, str], int] = {}
-        self._buckets: dict[str, list[int]] = {}
-        self._seconds: dict[str, float] = {}
+        self._slow: dict[_Labels, Answers] = {}
+        self._door: dict[_Labels, Answers] = {}
         self._uses: dict[str, int] = {}
-        self._at_door = 0
 
     def request(self, route: str, status: int, code: str, identity_kind: str, seconds: float) -> None:
         """Count an answered request."""
         labels = (route, status, code, identity_kind)
-        self._answered[labels] = self._answered.get(labels, 0) + 1
-        buckets = self._buckets.get(route)
-        if buckets is None:
-            buckets = self._buckets[route] = [0] * (len(LATENCY) + 1)
-            self._seconds[route] = 0.0
-        buckets[bisect_left(LATENCY, seconds)] += 1
-        self._seconds[route] += seconds
+        answers = self._slow.get(labels)
+        if answers is None:
+            answers = self._slow[labels] = Answers()
+        answers.buckets[bisect_left(LATENCY, seconds)] += 1
+        answers.seconds += seconds
 
     def request_at_door(self, route: str, status: int, code: str, identity_kind: str, seconds: float) -> None:
         """Count a request that the fast door answered."""
-        self._at_door += 1
-        self.request(route, status, code, identity_kind, seconds)
+        labels = (route, status, code, identity_kind)
+        answers = self._door.get(labels)
+        if answers is None:
+            answers = self._door[labels] = Answers()
+        answers.buckets[bisect_left(LATENCY, seconds)] += 1
+        answers.seconds += seconds
 
     def dek_uses(self, operation: str, count: int) -> None:
         """Count messages encrypted or decrypted."""
@@ -53,23 +69,31 @@ class RequestSums:
 
     def collect(self) -> Iterator[Metric]:
         """Yield the sums of this moment."""
+        answered: Counter[_Labels] = Counter()
+        buckets: dict[str, list[int]] = {}
+        seconds: dict[str, float] = {}
+        for labels, answers in [*self._slow.items(), *self._door.items()]:
+            route = labels[0]
+            answered[labels] += sum(answers.buckets)
+            buckets[route] = [*map(add, buckets.get(route, repeat(0)), answers.buckets)]
+            seconds[route] = seconds.get(route, 0.0) + answers.seconds
         requests = CounterMetricFamily(
             "kms_requests", "Requests answered.", labels=["route", "status", "code", "identity_kind"]
         )
-        for (route, status, code, kind), count in self._answered.items():
+        for (route, status, code, kind), count in answered.items():
             requests.add_metric([route, str(status), code, kind], count)
         yield requests
         duration = HistogramMetricFamily(
             "kms_request_duration_seconds", "From the headers' end to the answer.", labels=["route"]
         )
-        for route, counts in self._buckets.items():
-            bounds = [*(str(bound) for bound in LATENCY), "+Inf"]
-            duration.add_metric(
-                [route], list(zip(bounds, accumulate(counts), strict=True)), self._seconds[route]
-            )
+        bounds = [*(str(bound) for bound in LATENCY), "+Inf"]
+        for route, counts in buckets.items():
+            duration.add_metric([route], list(zip(bounds, accumulate(counts), strict=True)), seconds[route])
         yield duration
         yield CounterMetricFamily(
-            "kms_fast_door_requests", "Of the requests answered, those by the fast door.", self._at_door
+            "kms_fast_door_requests",
+            "Of the requests answered, those by the fast door.",
+            sum(sum(answers.buckets) for answers in self._door.values()),
         )
         uses = CounterMetricFamily("kms_dek_uses", "Messages encrypted or decrypted.", labels=["operation"])
         for operation, count in self._uses.items():

@@ -65,12 +65,15 @@ def failed(error: KmsError) -> Failed:
 class Hot:
     """The hot functions over one ``Kms``."""
 
-    __slots__ = ("_calls", "_kms", "_limit")
+    __slots__ = ("_calls", "_count", "_kms", "_limit", "_lookup", "_random")
 
     def __init__(self, kms: Kms) -> None:
         self._kms = kms
         self._limit = kms.bounds.plaintext_bytes
         self._calls = kms.calls
+        self._lookup = kms.cache.lookup
+        self._random = kms.random
+        self._count = kms.observer.dek_uses
 
     def encrypt(
         self, session: Session, content_type: str, accept: str, body: bytes, loaded: Loaded
@@ -85,15 +88,15 @@ class Hot:
         if not grants.allows_some(Permission.ENCRYPT):
             grants.require(Permission.ENCRYPT)
         item = ENCRYPT.read(content_type, body)
-        key = loaded.get(item.key_id) or self._kms.cache.lookup(item.key_id)
+        key = loaded.get(item.key_id) or self._lookup(item.key_id)
         if key is None:
             return Miss(frozenset({item.key_id}), {})
         key = self._may_encrypt(grants, key, item)
         if key.uses_left < 1:
             return Miss(frozenset(), {item.key_id: 1})
         key.spend(1)
-        sealed = seal(key.cipher, self._kms.random(NONCE_BYTES), item.plaintext, item.aad or None)
-        self._kms.observer.dek_uses("encrypt", 1)
+        sealed = seal(key.cipher, self._random(NONCE_BYTES), item.plaintext, item.aad or None)
+        self._count("encrypt", 1)
         if self._calls.wanted:
             self._calls.note("encrypt", session.name, [(key.key_id, key.thread_id)])
         return encode(accept, Encrypted(sealed, key.version))
@@ -112,12 +115,12 @@ class Hot:
         if not grants.allows_some(Permission.DECRYPT):
             grants.require(Permission.DECRYPT)
         item = DECRYPT.read(content_type, body)
-        key = loaded.get(item.key_id) or self._kms.cache.lookup(item.key_id)
+        key = loaded.get(item.key_id) or self._lookup(item.key_id)
         if key is None:
             return Miss(frozenset({item.key_id}), {})
         key = self._may_decrypt(grants, key)
         plaintext = open_sealed(key.cipher, item.ciphertext, item.aad or None)
-        self._kms.observer.dek_uses("decrypt", 1)
+        self._count("decrypt", 1)
         if self._calls.wanted:
             self._calls.note("decrypt", session.name, [(key.key_id, key.thread_id)])
         return encode(accept, Decrypted(plaintext))

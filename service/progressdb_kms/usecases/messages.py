@@ -215,7 +215,8 @@ class Reader(Generic[T]):
             if content_type == JSON:
                 message = self._json.decode(body)
                 raw = bytes(body) if isinstance(body, msgspec.Raw) else body
-                if quotes_in(raw) != self.quotes(message):
+                quotes = raw.count(b'"') if b"\\" not in raw else quotes_in(raw)
+                if quotes != self.quotes(message):
                     _refuse_json_duplicates(raw)
                 return message
             if content_type == MSGPACK:

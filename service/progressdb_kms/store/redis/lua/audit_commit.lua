@@ -16,7 +16,7 @@ if stored then
 end
 -- The head must be one of those that the writer can have left: anything else is another history.
 local known = seq == tonumber(ARGV[7]) and mac == ARGV[8]
-for i = 9, #ARGV, 3 do
+for i = 9, known and 0 or #ARGV, 3 do
   if tonumber(ARGV[i]) == seq and ARGV[i + 1] == mac then
     known = true
   end
@@ -30,8 +30,8 @@ if ARGV[4] == '1' and not stored then
   end
   redis.call('SET', KEYS[3], ARGV[6])
 end
-for i = 9, #ARGV, 3 do
-  if ARGV[3] == '1' and tonumber(ARGV[i]) > seq then
+for i = 9, ARGV[3] == '1' and #ARGV or 0, 3 do
+  if tonumber(ARGV[i]) > seq then
     redis.call('XADD', KEYS[2], '*', 'r', ARGV[i + 2])
   end
 end
