@@ -324,6 +324,28 @@ def test_a_pipeline_is_the_doors(world: World, material: dict[str, Any]) -> None
     assert world.instances[0].metric("kms_fast_door_requests_total") == before + len(names)
 
 
+def test_the_last_request_is_the_doors(world: World, material: dict[str, Any]) -> None:
+    """Whoever makes a connection for each request is served by it too, and gets its connection closed."""
+    known = requests(material)
+    names = ["encrypt", "encrypt, no JSON", "create", "wrapped", "health", "encrypt a long batch"]
+    before = world.instances[0].metric("kms_fast_door_requests_total")
+    for name in names:
+        raw = known[name].replace(b"\r\n", b"\r\nConnection: Close\r\n", 1)
+        for stream in ([raw], [known["decrypt"] + raw], [raw[:30], raw[30:]]):
+            *_, (_, fields, _) = both(world, stream)
+            assert ("Connection", "close") in fields
+    assert world.instances[0].metric("kms_fast_door_requests_total") == before + 4 * len(names)
+
+
+def test_what_follows_the_last_request_is_not_the_doors(world: World, material: dict[str, Any]) -> None:
+    """In one piece with it: the other parser says what that means."""
+    raw = requests(material)["encrypt"].replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
+    before = world.instances[0].metric("kms_fast_door_requests_total")
+    for more in (raw, b"\r\n", START):
+        both(world, [raw + more])
+    assert world.instances[0].metric("kms_fast_door_requests_total") == before
+
+
 def test_a_byte_at_a_time(world: World, material: dict[str, Any]) -> None:
     """Requests in the smallest pieces are answered, alike and by the door."""
     raw = requests(material)["encrypt"] + requests(material)["wrapped"]

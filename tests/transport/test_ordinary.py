@@ -35,6 +35,10 @@ def test_an_ordinary_head_is_taken_apart() -> None:
     head = parse_head(LOOK)
     assert head is not None
     assert (head.method, head.path, head.query, head.length) == ("GET", "/get_wrapped", "key_id=k_1&x=2", 0)
+    assert not head.last
+    head = parse_head(with_field(b"Connection: CLOSE"))
+    assert head is not None
+    assert head.last
 
 
 @pytest.mark.parametrize(
@@ -46,7 +50,7 @@ def test_an_ordinary_head_is_taken_apart() -> None:
         with_field(b"Host: other"),
         with_field(b"Expect: 100-continue"),
         with_field(b"Upgrade: h2c"),
-        with_field(b"Connection: close"),
+        with_field(b"Connection: close, keep-alive"),
         with_field(b"Connection: keep-alive, upgrade"),
         with_field(b"Content-Encoding: gzip"),
         with_field(b"TE: trailers"),

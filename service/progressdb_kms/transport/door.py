@@ -40,6 +40,8 @@ PIECE: Final = 2**16
 # Whoever sends so much at once has more to send, which a loop would read 32 times before it serves another.
 SHARE: Final = 2**16
 _CLOSE: Final = b"connection: close\r\n"
+_END: Final = b"\r\n"
+_LAST_END: Final = b"Connection: close\r\n\r\n"
 _STATUS: Final = {status.value: b"HTTP/1.1 %d \r\n" % status for status in HTTPStatus}
 
 
@@ -97,6 +99,7 @@ class Door:
         "_connection",
         "_hand_on",
         "_head",
+        "_last",
         "_length",
         "_limits",
         "_paused",
@@ -137,6 +140,7 @@ class Door:
         self._head = b""
         self._ready: Ready | None = None
         self._length = 0
+        self._last = False
         self._buffer = bytearray()
         self._whole = 0  # bytes of the request that is being gathered, once its head is known
         self._busy = False
@@ -200,6 +204,11 @@ class Door:
                 self._give_up()
                 return
             self._whole = end + self._length
+            if self._last and len(buffer) > self._whole:
+                # More than what was to be the last: for the other parser to say what that means.
+                self._whole = 0
+                self._give_up()
+                return
             connection.body_began(self._late)
         if len(buffer) >= self._whole and self._ready is not None:
             body = self._taken()
@@ -263,7 +272,7 @@ class Door:
             if head is not None:
                 ready = self._app.ready(head)
                 if ready is not None and head.length <= ready.body_limit:
-                    self._ready, self._length = ready, head.length
+                    self._ready, self._length, self._last = ready, head.length, head.last
         return self._ready
 
     def _forget(self) -> None:
@@ -311,14 +320,23 @@ class Door:
         connection, transport = self._connection, self._transport
         if connection.phase is Phase.CLOSING or transport.is_closing():
             return False
-        status, head, body, close = answer
-        close = close or connection.last_answer
+        status, head, body, _ = answer
+        close, close_line, last_line = self._ending(answer)
         transport.write(
-            b"%b%b%b%b%b" % (_STATUS[status], head, _CLOSE if close else b"", _date(), cast("bytes", body))
+            b"%b%b%b%b%b%b" % (_STATUS[status], head, close_line, _date(), last_line, cast("bytes", body))
         )
         if close:
             connection.finish("done", answered=True)
         return not close
+
+    def _ending(self, answer: RawAnswer) -> tuple[bool, bytes, bytes]:
+        """Return whether the connection closes after an answer, and how its head says so, as Hypercorn would.
+
+        That is among the app's fields where it is we who want it, and behind all of them where the peer does.
+        """
+        if answer[3] or self._connection.last_answer:
+            return True, _CLOSE, _END
+        return (True, b"", _LAST_END) if self._last else (False, b"", _END)
 
     async def _finish(self, answer: RawAnswer | Later) -> None:
         """Wait for an answer if need be, and send it, however long it is."""
@@ -333,8 +351,8 @@ class Door:
         connection = self._connection
         if connection.phase is Phase.CLOSING:
             return
-        close = answer[3] or connection.last_answer
-        await self._write(_pieces_of(answer, close=close))
+        close, close_line, last_line = self._ending(answer)
+        await self._write(_pieces_of(answer, close_line, last_line))
         if close:
             connection.finish("done", answered=True)
         else:
@@ -359,9 +377,9 @@ def _is_short(answer: RawAnswer) -> bool:
     return isinstance(body, bytes) and len(body) <= PIECE
 
 
-def _pieces_of(answer: RawAnswer, *, close: bool) -> Iterator[bytes]:
+def _pieces_of(answer: RawAnswer, close_line: bytes, last_line: bytes) -> Iterator[bytes]:
     status, head, body, _ = answer
-    head = b"%b%b%b%b" % (_STATUS[status], head, _CLOSE if close else b"", _date())
+    head = b"%b%b%b%b%b" % (_STATUS[status], head, close_line, _date(), last_line)
     if isinstance(body, bytes):
         yield head + body
         return
@@ -383,5 +401,5 @@ def _date() -> bytes:
     now = int(time.time())
     if now != _Clock.second:
         _Clock.second = now
-        _Clock.line = b"date: %b\r\n\r\n" % formatdate(now, usegmt=True).encode()
+        _Clock.line = b"date: %b\r\n" % formatdate(now, usegmt=True).encode()
     return _Clock.line

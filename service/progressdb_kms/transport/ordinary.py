@@ -18,6 +18,7 @@ _HEAD: Final = re.compile(
 )
 _LENGTH: Final = re.compile(r"0|[1-9][0-9]{0,8}")
 _HOST: Final = re.compile(r"[A-Za-z0-9.:\[\]_-]{1,255}")
+_CONNECTION: Final = frozenset({"keep-alive", "close"})
 # They change how a request is framed, answered or passed on.
 _EXTRAORDINARY: Final = frozenset(
     {
@@ -43,6 +44,7 @@ class Head(NamedTuple):
         query: What follows the question mark; empty where there is none.
         fields: Values by lower-case name.
         length: Bytes of the body.
+        last: The peer asks for nothing more on this connection.
     """
 
     method: str
@@ -50,6 +52,7 @@ class Head(NamedTuple):
     query: str
     fields: dict[str, str]
     length: int
+    last: bool
 
 
 def parse_head(data: bytes) -> Head | None:
@@ -67,7 +70,7 @@ def parse_head(data: bytes) -> Head | None:
         fields[name] = value.strip(" ")
     length = fields.get("content-length")
     framed = length is None if method == "GET" else length is not None and _LENGTH.fullmatch(length)
-    persistent = fields.get("connection", "keep-alive").lower() == "keep-alive"
-    if not (framed and persistent and _HOST.fullmatch(fields.get("host", ""))):
+    connection = fields.get("connection", "keep-alive").lower()
+    if not (framed and connection in _CONNECTION and _HOST.fullmatch(fields.get("host", ""))):
         return None
-    return Head(method, path, query, fields, int(length or 0))
+    return Head(method, path, query, fields, int(length or 0), connection == "close")
