@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 GROUP: Final = 128
 """DEKs that are made together at most: naming, wrapping, sending and auditing them holds the event loop."""
 _GROUPS: Final = 2
+_PATIENCE: Final = 0.25
+"""Seconds after which whoever comes waits for no group that is under way: the store may hang."""
 _ATTEMPTS: Final = 3
 """Tries of a wrap that races with a rotation of the KEK."""
 
@@ -105,6 +107,7 @@ class Creation:
         self._kms = kms
         self._waiting: deque[_Share] = deque()
         self._groups: set[asyncio.Task[None]] = set()
+        self._late = 0.0
 
     @property
     def busy(self) -> bool:
@@ -122,11 +125,12 @@ class Creation:
         Raises:
             KmsError: None could be made, for a reason that has nothing to do with any of them.
         """
-        share = _Share([_Item(order) for order in orders], asyncio.get_running_loop().create_future())
+        loop = asyncio.get_running_loop()
+        share = _Share([_Item(order) for order in orders], loop.create_future())
         self._waiting.append(share)
-        if len(self._groups) < _GROUPS:
+        if len(self._groups) < _GROUPS or loop.time() >= self._late:
             # In a context of its own: what is logged there is not the first caller's alone.
-            group = asyncio.get_running_loop().create_task(self._work(), context=Context())
+            group = loop.create_task(self._work(), context=Context())
             self._groups.add(group)
             group.add_done_callback(self._groups.discard)
         await share.done
@@ -139,6 +143,7 @@ class Creation:
 
     async def _work(self) -> None:
         while self._waiting:
+            self._late = asyncio.get_running_loop().time() + _PATIENCE
             shares = [self._waiting.popleft()]
             count = len(shares[0].items)
             while self._waiting and count + len(self._waiting[0].items) <= GROUP:

@@ -215,6 +215,19 @@ async def test_callers_who_come_meanwhile_share_a_group(
         assert await world.decrypt(record.key_id, (await world.encrypt(record.key_id))["ciphertext"])
 
 
+async def test_nobody_waits_for_groups_that_hang(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store does not answer: whoever comes then waits for it, and not for those who wait already."""
+    gate = Gate(monkeypatch, world.store, "create")
+    calls = [asyncio.create_task(make(world, "room:1"))]
+    await gate.until(1)
+    for waiting in (2, 3, 4):
+        calls.append(asyncio.create_task(make(world, "room:1")))
+        world.kms.creation._late = 0  # as after some time
+        await gate.until(waiting)
+    gate.open.set()
+    assert {type(each) for each in await asyncio.gather(*calls)} == {DekRecord}
+
+
 async def test_a_group_is_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """One caller's slices are never put together with so many others that the event loop is held."""
     gate = Gate(monkeypatch, world.store, "create")
