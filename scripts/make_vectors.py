@@ -209,7 +209,7 @@ def exports() -> dict[str, Any]:
         key_id = new_key_id(thread_id, labelled(f"export key id {number}", UNIQUE_BYTES))
         nonce, dek = labelled(f"export nonce {number}", NONCE_BYTES), labelled(f"export dek {number}")
         blob = pack_blob(kek, wrap(AESGCM(keys[kek]), nonce, dek, wrap_aad(key_id, thread_id)))
-        made = {"wrapped": blob, "version": 1, "created_at": 1_700_000_100 + number} | fields
+        made: dict[str, Any] = {"wrapped": blob, "version": 1, "created_at": 1_700_000_100 + number} | fields
         who = "dns:chat.default.svc" if number % 2 else "migration"
         records.append(
             DekRecord(
