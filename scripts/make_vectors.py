@@ -9,14 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from progressdb_kms.domain.backup import ExportKind
 from progressdb_kms.domain.envelope import NONCE_BYTES, pack_blob, seal, wrap, wrap_aad
-from progressdb_kms.domain.keyring import check_value, kek_id_of
-from progressdb_kms.domain.keys import UNIQUE_BYTES, derive_key_id, new_key_id
+from progressdb_kms.domain.export import FORMAT, SEAL_LABEL
+from progressdb_kms.domain.keyring import KekInfo, KekState, Keyring, check_value, kek_id_of
+from progressdb_kms.domain.keys import UNIQUE_BYTES, DekRecord, KeyState, derive_key_id, new_key_id
+from progressdb_kms.usecases.exportfile import ExportBuilder, Header, Registry
 
 MANIFEST: Final = "MANIFEST.sha256"
 THREADS: Final = ("thread-1", "room:42/é漢字😀", "x" * 256)
@@ -186,6 +190,62 @@ def check_values() -> dict[str, Any]:
     return {"about": "Check values. A KEK is SHA-256 of its label.", "cases": cases}
 
 
+def exports() -> dict[str, Any]:
+    """Return an export of the present format with a record of each kind, and what is in it."""
+    keys = {version: labelled(f"kek {version}") for version in (1, 2)}
+    values = {version: check_value(key) for version, key in keys.items()}
+    names = {version: kek_id_of(value) for version, value in values.items()}
+    states = {1: KekState.DECRYPT_ONLY, 2: KekState.ACTIVE}
+    keks = tuple(
+        KekInfo(
+            version, names[version], "file", str(version), value, states[version], 1_700_000_000 + version, 9
+        )
+        for version, value in values.items()
+    )
+    records: list[DekRecord] = []
+
+    def record(thread_id: str, kek: int, state: KeyState, **fields: Any) -> None:  # noqa: ANN401 - of a record
+        number = len(records)
+        key_id = new_key_id(thread_id, labelled(f"export key id {number}", UNIQUE_BYTES))
+        nonce, dek = labelled(f"export nonce {number}", NONCE_BYTES), labelled(f"export dek {number}")
+        blob = pack_blob(kek, wrap(AESGCM(keys[kek]), nonce, dek, wrap_aad(key_id, thread_id)))
+        made: dict[str, Any] = {"wrapped": blob, "version": 1, "created_at": 1_700_000_100 + number} | fields
+        who = "dns:chat.default.svc" if number % 2 else "migration"
+        records.append(
+            DekRecord(
+                key_id=key_id,
+                thread_id=thread_id,
+                kek_id=names[kek],
+                kek_version=kek,
+                state=state,
+                created_by=who,
+                **made,
+            )
+        )
+
+    record(THREADS[0], 2, KeyState.DECRYPT_ONLY, uses=2**32)
+    record(THREADS[0], 2, KeyState.ENABLED, version=2, uses=5)
+    record(THREADS[1], 1, KeyState.DISABLED, changed_at=1_700_000_500, resume_state=KeyState.DECRYPT_ONLY)
+    record(THREADS[2], 1, KeyState.PENDING_DESTRUCTION, changed_at=1_700_000_600, destroy_at=1_700_900_000)
+    record("room:1", 1, KeyState.DESTROYED, wrapped=b"", changed_at=1_700_000_700)
+    record("room:2", 2, KeyState.ENABLED, wrapped=b"short")
+    data = bytearray()
+    header = Header("x_vector", ExportKind.LIVE, "0" * 32, 1_700_001_000, "0.1.0", 2, names[2])
+    builder = ExportBuilder(header, data.extend)
+    for one in records:
+        builder.add(one, one.kek_version)
+    digest = builder.close(Registry(2, keks, {1: 65_536, 2: 10}, {"2": b"sealed"}), [records[-1].key_id])
+    builder.seal(Keyring(keys).seal(2, SEAL_LABEL, digest))
+    return {
+        "about": f"An export of format {FORMAT}. KEK of version n: SHA-256 of 'kek n'; the DEK of record n,"
+        " from 0, is SHA-256 of 'export dek n'.",
+        "keks": [1, 2],
+        "export": data.hex(),
+        "records": [asdict(one) | {"wrapped": one.wrapped.hex()} for one in records],
+        "damaged": [records[-1].key_id],
+    }
+
+
 def main(folder: Path) -> int:
     """Write what is missing and the manifest's lines for it."""
     made = {
@@ -193,6 +253,7 @@ def main(folder: Path) -> int:
         "messages-format-1.json": messages(),
         "key-ids-1.json": key_ids(),
         "check-values-1.json": check_values(),
+        f"export-format-{FORMAT}.json": exports(),
     }
     for name, document in made.items():
         path = folder / name

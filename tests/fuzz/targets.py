@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import functools
 import tempfile
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import h11
+import msgspec
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.asyncio.worker_context import WorkerContext
 from hypercorn.events import Closed, RawData
@@ -31,6 +33,7 @@ from progressdb_kms.transport.connection import Connection
 from progressdb_kms.transport.http1 import Http1, http_config
 from progressdb_kms.transport.inbox import ConnectionTasks
 from progressdb_kms.transport.ordinary import parse_head
+from progressdb_kms.usecases.exportrecords import BATCH, pack_records, read_records
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -83,6 +86,19 @@ def kek(data: bytes) -> None:
 def export(data: bytes) -> None:
     """An export reads the same however it is cut, and one that is damaged says so by BackupInvalid alone."""
     assert _read_export([data]) == _read_export(data[i : i + 1] for i in range(len(data)))
+
+
+def records(data: bytes) -> None:
+    """Records of an export are refused by BackupInvalid alone, or are the same once packed and read again."""
+    inside = msgspec.msgpack.encode([[bytes(64)], zlib.compress(data)])
+    for payload, export_format in ((data, 1), (data, 2), (inside, 2)):
+        try:
+            found = read_records(payload, export_format)
+        except BackupInvalid:
+            continue
+        for start in range(0, len(found), BATCH):
+            part = found[start : start + BATCH]
+            assert read_records(pack_records(part), 2) == part
 
 
 def audit(data: bytes) -> None:
@@ -143,7 +159,7 @@ def ordinary(data: bytes) -> None:
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    target.__name__: target for target in (blob, policy, config, kek, export, audit, http, ordinary)
+    target.__name__: target for target in (blob, policy, config, kek, export, records, audit, http, ordinary)
 }
 
 

@@ -276,6 +276,21 @@ class TestBatches:
         assert observer.failures
         await store.close()
 
+    async def test_looks_at_every_slot_are_cut(self, own_server: Start) -> None:
+        """What a service does now and then over all slots comes in parts, so that requests get in between."""
+        observer = Counting()
+        store = await open_store(StoreSettings(own_server().url), observer=observer)
+        await store.registry.initialise(new_kek())
+        for number in range(20):
+            await create(store, f"room:{number}")
+        observer.batches.clear()
+        assert await store.keys.census() == {1: 20}
+        assert await store.destruction.due(1) == {}
+        reads = [commands for lane, commands in observer.batches if lane == "read"]
+        assert sum(reads) >= 2 * 1024
+        assert max(reads) <= 128
+        await store.close()
+
     async def test_key_id_of_another_slot(self, pair: tuple[Server, RedisStore]) -> None:
         """A key id that does not belong to its thread's slot is a mistake of the caller's."""
         _, store = pair

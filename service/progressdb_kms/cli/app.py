@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import sys
 import traceback
-from typing import Final
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, Final, cast
 
 import click
 
@@ -48,10 +51,31 @@ class _Commands(click.Group):
         if cmd_name not in _COMMANDS:
             return None
         module, _, name = _COMMANDS[cmd_name].partition(":")
-        command = getattr(importlib.import_module(f"progressdb_kms.cli.{module}"), name)
+        with _lean() if cmd_name == "serve" else nullcontext():
+            command = getattr(importlib.import_module(f"progressdb_kms.cli.{module}"), name)
         if not isinstance(command, click.Command):
             raise TypeError(f"{module}:{name} is not a command")
         return command
+
+
+@contextmanager
+def _lean() -> Iterator[None]:
+    """Import what serves in less time, and without what it does not use.
+
+    structlog takes rich along where it finds it, 4 MiB, for tracebacks that show the values of local
+    variables; logs never show those (``observability.logs``), and structlog does without by itself. Modules
+    live as long as the process: looking for garbage while they come takes a tenth of the time for nothing.
+    """
+    hidden = "structlog" not in sys.modules and "rich" not in sys.modules
+    if hidden:
+        cast("dict[str, Any]", sys.modules)["rich"] = None  # import then says that it is not installed
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        if hidden:
+            del sys.modules["rich"]
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -8,7 +8,6 @@ import click
 import uvloop
 
 from progressdb_kms import bootstrap
-from progressdb_kms.cli.output import print_json
 from progressdb_kms.settings import load_settings
 
 
@@ -24,4 +23,7 @@ def serve(config: Path) -> int:
 @click.command()
 def openapi() -> None:
     """Print the OpenAPI document of the HTTP API."""
+    # Only here: it brings rich, which serve does without.
+    from progressdb_kms.cli.output import print_json  # noqa: PLC0415 - see above
+
     print_json(bootstrap.openapi())

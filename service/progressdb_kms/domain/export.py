@@ -4,7 +4,7 @@
 
     magic(8) | frame | frame | ... | seal frame | SHA-256 of all before (32)
 
-    magic        "PDBKMSX" and the format's number, 1
+    magic        "PDBKMSX" and the format's number, 1 or 2: what frames of records hold differs
     frame        kind(1) | length(4, big-endian) | payload
     seal frame   kind "Z", payload: a MAC over the SHA-256 of all that stands before this frame
 
@@ -23,7 +23,9 @@ from progressdb_kms.domain.errors import BackupInvalid
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-FORMAT: Final = 1
+FORMAT: Final = 2
+"""What is written."""
+READABLE: Final = (1, FORMAT)
 MAGIC: Final = b"PDBKMSX"
 SEAL_BYTES: Final = 32
 DIGEST_BYTES: Final = 32
@@ -90,6 +92,7 @@ class ExportReader:
     What it hands out before ``finish`` has not been verified yet.
 
     Attributes:
+        format: The file's format; 0 until its first bytes are there.
         sealed: The digest that the seal is over; after ``finish``.
         seal: The seal; likewise.
         file_digest: SHA-256 of the whole file in hex; likewise.
@@ -98,7 +101,7 @@ class ExportReader:
     def __init__(self) -> None:
         self._buffer = bytearray()
         self._hash = hashlib.sha256()
-        self._begun = False
+        self.format = 0
         self.sealed = b""
         self.seal = b""
         self.file_digest = ""
@@ -110,7 +113,7 @@ class ExportReader:
             BackupInvalid: This is no export, or a damaged one.
         """
         self._buffer += data
-        if not self._begun:
+        if not self.format:
             if len(self._buffer) <= len(MAGIC):
                 return
             self._begin()
@@ -147,12 +150,13 @@ class ExportReader:
         size = len(MAGIC)
         if bytes(self._buffer[:size]) != MAGIC:
             raise BackupInvalid("this is not an export of progressdb-kms")
-        if self._buffer[size] != FORMAT:
+        found = self._buffer[size]
+        if found not in READABLE:
             raise BackupInvalid(
-                f"the export has format {self._buffer[size]}, this release reads format {FORMAT}"
+                f"the export has format {found}, this release reads up to {FORMAT}: use a newer one"
             )
         self._take(size + 1)
-        self._begun = True
+        self.format = found
 
     def _head(self) -> tuple[Frame, int]:
         try:

@@ -1,28 +1,24 @@
 """What the frames of an export hold (``domain.export`` has their outer form): msgpack, with named members.
 
-In this order: one header, records in batches, one registry, one frame of counts. The registry was read after
-the
-records, so that it knows every KEK version that a record can be under. Members that a newer release adds are
-left out by an older one; what it must not leave out gets a new format number.
+In this order: one header, records in batches (``exportrecords``), one registry, one frame of counts. The
+registry was read after the records, so that it knows every KEK version that a record can be under. Members
+that a newer release adds are left out by an older one; what it must not leave out gets a new format number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
 
 import msgspec
 
 from progressdb_kms.domain.backup import ExportKind
 from progressdb_kms.domain.envelope import MAX_KEK_VERSION
-from progressdb_kms.domain.errors import BackupInvalid, InvalidThreadId, KeyNotFound
+from progressdb_kms.domain.errors import BackupInvalid
 from progressdb_kms.domain.export import ExportReader, ExportWriter, Frame
 from progressdb_kms.domain.keyring import KekInfo
-from progressdb_kms.domain.keys import DekRecord, KeyState, check_thread_id, locate, slot_tag
-
-BATCH: Final = 500
-"""Records in one frame."""
+from progressdb_kms.domain.keys import DekRecord, KeyState
+from progressdb_kms.usecases.exportrecords import BATCH, COLUMNS, decode, pack_records, read_records
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,27 +80,6 @@ class Counts:
     damaged: tuple[str, ...] = ()
 
 
-class _Record(msgspec.Struct, array_like=True, frozen=True):
-    key_id: str
-    thread_id: str
-    wrapped: bytes
-    kek_id: str
-    kek_version: int
-    version: int
-    state: KeyState
-    created_at: int
-    created_by: str
-    changed_at: int
-    destroy_at: int | None
-    resume_state: KeyState
-    uses: int
-
-    def __repr__(self) -> str:
-        return f"_Record(key_id={self.key_id!r})"
-
-
-_NAMES: Final = tuple(name for name in _Record.__struct_fields__)
-
 Part = Header | Registry | Counts | list[DekRecord]
 
 
@@ -119,12 +94,12 @@ class ExportBuilder:
     def __init__(self, header: Header, write: Callable[[bytes], object]) -> None:
         self._writer = ExportWriter()
         self._write = write
-        self._records: list[_Record] = []
+        self._records: list[DekRecord] = []
         self._live = 0
         self._tombstones = 0
         self._by_version: dict[int, int] = {}
         write(self._writer.begin())
-        self._frame(Frame.HEADER, {**msgspec.to_builtins(header), "record_fields": _NAMES})
+        self._frame(Frame.HEADER, {**msgspec.to_builtins(header), "record_fields": COLUMNS})
 
     def add(self, record: DekRecord, blob_version: int) -> None:
         """Add a record; ``blob_version`` is the KEK version that its blob names, unused for a tombstone."""
@@ -133,7 +108,7 @@ class ExportBuilder:
         else:
             self._live += 1
             self._by_version[blob_version] = self._by_version.get(blob_version, 0) + 1
-        self._records.append(_Record(*(getattr(record, name) for name in _NAMES)))
+        self._records.append(record)
         if len(self._records) >= BATCH:
             self._flush()
 
@@ -155,7 +130,7 @@ class ExportBuilder:
 
     def _flush(self) -> None:
         if self._records:
-            self._frame(Frame.RECORDS, self._records)
+            self._write(self._writer.frame(Frame.RECORDS, pack_records(self._records)))
             self._records = []
 
     def _frame(self, kind: Frame, content: object) -> None:
@@ -191,7 +166,7 @@ def read_export(chunks: Iterable[bytes], ending: Ending) -> Iterator[Part]:
     order = _Order()
     for chunk in chunks:
         for kind, payload in reader.feed(chunk):
-            yield order.take(kind, payload)
+            yield order.take(kind, payload, reader.format)
     reader.finish()
     order.finish()
     ending.sealed, ending.seal, ending.sha256 = reader.sealed, reader.seal, reader.file_digest
@@ -205,28 +180,28 @@ class _Order:
         self._counts: Counts | None = None
         self._live = self._tombstones = 0
 
-    def take(self, kind: Frame, payload: bytes) -> Part:
+    def take(self, kind: Frame, payload: bytes, export_format: int) -> Part:
         if self._counts is not None:
             raise _disorder()
         if kind is Frame.HEADER and not self._header:
             self._header = True
-            header: Header = _decode(payload, Header)
+            header: Header = decode(payload, Header)
             return header
         if kind is Frame.REGISTRY and self._header and not self._registry:
             self._registry = True
-            registry: Registry = _decode(payload, Registry)
+            registry: Registry = decode(payload, Registry)
             known = [kek.version for kek in registry.keks]
             if registry.active not in known or not all(1 <= version <= MAX_KEK_VERSION for version in known):
                 raise BackupInvalid("the export is damaged: its registry is not consistent")
             return registry
         if kind is Frame.RECORDS and self._header and not self._registry:
-            records = [_record(found) for found in _decode(payload, list[_Record])]
+            records = read_records(payload, export_format)
             dead = sum(record.state is KeyState.DESTROYED for record in records)
             self._tombstones += dead
             self._live += len(records) - dead
             return records
         if kind is Frame.COUNTS and self._registry:
-            self._counts = _decode(payload, Counts)
+            self._counts = decode(payload, Counts)
             return self._counts
         raise _disorder()
 
@@ -235,26 +210,6 @@ class _Order:
             raise _disorder()
         if (self._counts.records, self._counts.tombstones) != (self._live, self._tombstones):
             raise BackupInvalid("the export is damaged: it holds another number of records than it says")
-
-
-def _record(found: _Record) -> DekRecord:
-    try:
-        check_thread_id(found.thread_id)
-        if locate(found.key_id) != slot_tag(found.thread_id):
-            raise BackupInvalid("the export is damaged: a key does not belong to its thread")
-    except (InvalidThreadId, KeyNotFound):
-        raise BackupInvalid("the export is damaged: a record's ids are not valid") from None
-    if (found.state is KeyState.DESTROYED) == bool(found.wrapped):
-        raise BackupInvalid("the export is damaged: a record's state does not fit its content")
-    return DekRecord(*(getattr(found, name) for name in _NAMES))
-
-
-def _decode(payload: bytes, kind: Any) -> Any:  # noqa: ANN401 - whatever msgspec can make
-    try:
-        return msgspec.msgpack.decode(payload, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, OverflowError):
-        # Decoding errors name places and types only, but even these help nobody who has a damaged file.
-        raise BackupInvalid("the export is damaged, or of a newer release: a frame can't be read") from None
 
 
 def _disorder() -> BackupInvalid:

@@ -16,7 +16,9 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from progressdb_kms.domain import errors
 from progressdb_kms.domain.envelope import open_sealed, parse_blob, unwrap, wrap_aad
 from progressdb_kms.domain.keyring import Keyring, check_value, kek_id_of
-from progressdb_kms.domain.keys import derive_key_id, locate, new_key_id
+from progressdb_kms.domain.keys import DekRecord, KeyState, derive_key_id, locate, new_key_id
+from progressdb_kms.kek.file import FileKekSource
+from progressdb_kms.usecases.backup import records_of, verify_export
 from tests.unit.helpers import labelled
 
 FOLDER = Path(__file__).parents[2] / "vectors"
@@ -32,6 +34,7 @@ WRAPPED = document("wrapped-keys-format-1.json")
 MESSAGES = document("messages-format-1.json")
 KEY_IDS = document("key-ids-1.json")
 CHECKS = document("check-values-1.json")
+EXPORTS = [document(path.name) for path in sorted(FOLDER.glob("export-format-*.json"))]
 
 
 def name_of(case: dict[str, Any]) -> str:
@@ -112,6 +115,30 @@ def test_check_values(case: dict[str, Any]) -> None:
     """A registered check value still recognises its KEK."""
     assert check_value(labelled(case["kek"])) == case["check_value"]
     assert kek_id_of(case["check_value"]) == case["kek_id"]
+
+
+@pytest.mark.parametrize("case", EXPORTS, ids=lambda case: case["about"].partition(".")[0])
+async def test_exports(case: dict[str, Any], tmp_path: Path) -> None:
+    """An export of any format passes all checks, and gives back every field of every record."""
+    path = tmp_path / "kek.yaml"
+    path.write_text("versions:\n" + "".join(f"  {n}: {labelled(f'kek {n}').hex()}\n" for n in case["keks"]))
+    path.chmod(0o600)
+    chunks = [bytes.fromhex(case["export"])]
+    found, bad = await verify_export(FileKekSource(path), lambda: chunks)
+    records = [record for batch in records_of(lambda: chunks, found) for record in batch]
+    assert records == [
+        DekRecord(
+            **fields
+            | {
+                "wrapped": bytes.fromhex(fields["wrapped"]),
+                "state": KeyState(fields["state"]),
+                "resume_state": KeyState(fields["resume_state"]),
+            }
+        )
+        for fields in case["records"]
+    ]
+    assert bad == list(found.counts.damaged) == case["damaged"]
+    assert (found.registry.wraps, found.registry.escrow) == ({1: 65_536, 2: 10}, {"2": b"sealed"})
 
 
 def test_each_kind_agrees_with_an_independent_computation() -> None:

@@ -61,7 +61,7 @@ class RedisDestruction:
             Call(tag, ("ZRANGE", due_key(tag), "-inf", now, "BYSCORE", "LIMIT", 0, _DUE_AT_ONCE))
             for tag in ALL_TAGS
         ]
-        replies = await self._router.read(calls)
+        replies = await self._router.read_in_parts(calls)
         found = {tag: checked(reply) for tag, reply in zip(ALL_TAGS, replies, strict=True)}
         return {tag: [key_id.decode() for key_id in key_ids] for tag, key_ids in found.items() if key_ids}
 

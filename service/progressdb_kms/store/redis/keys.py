@@ -180,7 +180,7 @@ class RedisKeys:
         versions = sorted({int(name) for names in named for name in names if name.isdigit()})
         counts: Counter[int] = Counter()
         for version in versions:
-            replies = await self._router.read(
+            replies = await self._router.read_in_parts(
                 [Call(tag, ("SCARD", census_key(tag, version))) for tag in ALL_TAGS]
             )
             counts[version] = sum(checked(reply) for reply in replies)

@@ -1,0 +1,39 @@
+"""What ``serve`` loads: its memory and its start pay for every module."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+SCRIPT = """
+import gc, sys
+from progressdb_kms.cli.app import app
+with app.make_context("progressdb-kms", ["serve"]) as context:
+    app.get_command(context, "serve")
+print(*sorted({name.partition(".")[0] for name in sys.modules}))
+print(gc.isenabled())
+import rich.console, structlog
+print(structlog.get_logger() is not None)
+"""
+NOT_NEEDED = {
+    "boto3",
+    "botocore",
+    "httpcore",
+    "kubernetes",
+    "pkcs11",
+    "pygments",
+    "requests",
+    "rich",
+    "urllib3",
+}
+NEEDED = {"cryptography", "hypercorn", "prometheus_client", "quart", "redis", "structlog", "uvloop", "yaml"}
+
+
+def test_serve_loads_no_package_that_it_does_not_use() -> None:
+    """Nothing of other commands, KEK sources or terminals; what is left out can be had later."""
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
+    packages, collecting, later = done.stdout.splitlines()
+    loaded = set(packages.split())
+    assert loaded >= NEEDED
+    assert loaded & NOT_NEEDED == set()
+    assert (collecting, later) == ("True", "True")
