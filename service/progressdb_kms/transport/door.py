@@ -344,8 +344,8 @@ def _pieces_of(answer: RawAnswer, *, close: bool) -> Iterator[bytes]:
     if isinstance(body, bytes):
         yield head + body
         return
-    yield head
     body.reverse()
+    yield head + body.pop()
     while body:
         # Each is let go of once it is sent: freeing many MiB in one go takes milliseconds.
         yield body.pop()

@@ -290,7 +290,8 @@ class ResultsWriter:
         """Write results; not none of them."""
         piece = encode(self._type, results)
         if self._type == JSON:
-            piece = (b"," if self._count else b"") + piece[1:-1]
+            # The array's bracket is where the comma has to be.
+            piece = b"".join((b"," if self._count else b"", memoryview(piece)[1:-1]))
         else:
             piece = piece[len(_msgpack_array(len(results))) :]
         self._count += len(results)
@@ -298,11 +299,15 @@ class ResultsWriter:
 
     def finish(self) -> list[bytes]:
         """Return the answer in pieces."""
+        # Joined to what is beside them: each piece is written alone.
+        first = self._pieces[1:2]
         if self._type == JSON:
-            self._pieces[0] = b'{"results":['
-            self._pieces.append(b"]}")
+            first.insert(0, b'{"results":[')
         else:
-            self._pieces[0] = b"\x81\xa7results" + _msgpack_array(self._count)
+            first.insert(0, b"\x81\xa7results" + _msgpack_array(self._count))
+        self._pieces[:2] = [b"".join(first)]
+        if self._type == JSON:
+            self._pieces[-1] += b"]}"
         return self._pieces
 
 

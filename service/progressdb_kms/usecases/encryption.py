@@ -12,7 +12,9 @@ from operator import attrgetter
 from struct import Struct as Layout
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
-from progressdb_kms.domain.envelope import NONCE_BYTES, open_sealed, seal
+from cryptography.exceptions import InvalidTag
+
+from progressdb_kms.domain.envelope import NONCE, NONCE_BYTES, SEALED, open_sealed, seal
 from progressdb_kms.domain.errors import KeyExhausted, KmsError, PermissionDenied, PlaintextTooLarge
 from progressdb_kms.domain.keys import MAY_DECRYPT, MAY_ENCRYPT, refusal
 from progressdb_kms.domain.policy import Permission
@@ -48,6 +50,7 @@ _KEY_ID: Final = attrgetter("key_id")
 _NONCES: Final = Layout(f"{NONCE_BYTES}s")
 
 Item = TypeVar("Item", EncryptItem, DecryptItem)
+Result = TypeVar("Result", Encrypted, Decrypted)
 
 
 class Miss(NamedTuple):
@@ -160,7 +163,8 @@ class Hot:
             CertificateExpired: The caller's.
         """
         grants = session.grants()
-        wanted = Counter(map(_KEY_ID, _read(items)))
+        readable = items if ENCRYPT_BATCH.has_read(items) else _readable(items)
+        wanted = Counter(map(_KEY_ID, readable))
         keys = self._keys(wanted, loaded)
         if isinstance(keys, Miss):
             return keys
@@ -176,20 +180,20 @@ class Hot:
         for key_id, key in allowed.items():
             # All before the first, so that what goes wrong in between can't leave uses uncounted.
             key.spend(wanted[key_id])
+        # What is the same for all items is looked up once: the rest is what an item costs.
+        uses = {key_id: (key.cipher.encrypt, key.version) for key_id, key in allowed.items()}
         limit = self._limit
-        nonces = _NONCES.iter_unpack(self._kms.random(NONCE_BYTES * len(items)))
+        nonces = _NONCES.iter_unpack(self._kms.random(NONCE_BYTES * len(readable)))
         results: list[Encrypted | Failed] = []
-        for item, (nonce,) in zip(items, nonces, strict=True):
-            if isinstance(item, KmsError):
-                results.append(failed(item))
-            elif (key := allowed.get(item.key_id)) is None:
+        for item, (nonce,) in zip(readable, nonces, strict=True):
+            if (use := uses.get(item.key_id)) is None:
                 results.append(self._failed(refused[item.key_id], "/encrypt_batch"))
-            elif len(item.plaintext) > limit:
-                key.spend(-1)
+            elif len(plaintext := item.plaintext) > limit:
+                allowed[item.key_id].spend(-1)
                 results.append(failed(self._too_large(item)))
             else:
-                sealed = seal(key.cipher, nonce, item.plaintext, item.aad or None)
-                results.append(Encrypted(sealed, key.version))
+                results.append(Encrypted(nonce + use[0](nonce, plaintext, item.aad or None), use[1]))
+        results = _in_place(items, results)
         self._note("encrypt", session, allowed, items, results)
         return results
 
@@ -220,23 +224,23 @@ class Hot:
             CertificateExpired: The caller's.
         """
         grants = session.grants()
-        keys = self._keys(set(map(_KEY_ID, _read(items))), loaded)
+        readable = items if DECRYPT_BATCH.has_read(items) else _readable(items)
+        keys = self._keys(set(map(_KEY_ID, readable)), loaded)
         if isinstance(keys, Miss):
             return keys
         allowed, refused = _judged(keys, grants, _may_decrypt)
+        opens = {key_id: key.cipher.decrypt for key_id, key in allowed.items()}
         results: list[Decrypted | Failed] = []
-        for item in items:
-            if isinstance(item, KmsError):
-                results.append(failed(item))
-            elif (key := allowed.get(item.key_id)) is None:
+        for item in readable:
+            if (decrypt := opens.get(item.key_id)) is None:
                 results.append(self._failed(refused[item.key_id], "/decrypt_batch"))
-            else:
-                try:
-                    opened = open_sealed(key.cipher, item.ciphertext, item.aad or None)
-                except KmsError as error:
-                    results.append(failed(error))
-                else:
-                    results.append(Decrypted(opened))
+                continue
+            sealed = item.ciphertext
+            try:
+                results.append(Decrypted(decrypt(sealed[NONCE], sealed[SEALED], item.aad or None)))
+            except (InvalidTag, ValueError):
+                results.append(_unopened(allowed[item.key_id], item))
+        results = _in_place(items, results)
         self._note("decrypt", session, allowed, items, results)
         return results
 
@@ -300,9 +304,24 @@ def _may_decrypt(grants: Grants, key: CachedDek | KmsError) -> CachedDek:
     return key
 
 
-def _read(items: Sequence[Item | KmsError]) -> list[Item]:
-    """Return the items that could be read."""
+def _readable(items: Iterable[Item | KmsError]) -> list[Item]:
     return [item for item in items if not isinstance(item, KmsError)]
+
+
+def _in_place(items: Sequence[Item | KmsError], results: list[Result | Failed]) -> list[Result | Failed]:
+    """Put the errors of items that could not be read where these stand among the results of the others."""
+    if len(results) == len(items):
+        return results
+    others = iter(results)
+    return [failed(item) if isinstance(item, KmsError) else next(others) for item in items]
+
+
+def _unopened(key: CachedDek, item: DecryptItem) -> Decrypted | Failed:
+    """Say why a ciphertext does not open."""
+    try:
+        return Decrypted(open_sealed(key.cipher, item.ciphertext, item.aad or None))
+    except KmsError as error:
+        return failed(error)
 
 
 def _judged(
