@@ -142,7 +142,8 @@ class Exchange(TCPServer):
                 # In pieces, as the loops' TLS layers take anything at once and only then ask to wait.
                 # Of nothing there is the waiting only.
                 written = 0
-                for part in map(memoryview, parts):
+                for whole in parts:
+                    part = memoryview(whole)
                     for start in range(0, len(part) or 1, PIECE):
                         if self.writer.is_closing():
                             return  # uvloop raises for it, asyncio warns; the app hears of it by its inbox

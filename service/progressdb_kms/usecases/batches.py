@@ -139,7 +139,7 @@ class BatchReader(Generic[T]):
         return items
 
     def _whole_msgpack(self, body: bytes, most: int) -> list[T] | None:
-        """Read a batch of at most ``most`` items in one pass; None where there is anything to look at closely.
+        """Read a batch of at most ``most`` items in one pass; None where this is not all there is to do.
 
         No field came twice in what is as short as it can be. The decoder takes each length form of strings,
         byte strings, arrays and maps for what it is, and nothing else for one of them, so that what it was
@@ -154,7 +154,7 @@ class BatchReader(Generic[T]):
 
     def _some_msgpack(self, raw: list[msgspec.Raw]) -> Sequence[T | msgspec.Raw]:
         """Read items in one pass, or return them as they are."""
-        parts = list(map(memoryview, raw))
+        parts = [memoryview(each) for each in raw]
         length = sum(map(len, parts))
         if length > WHOLE_BYTES:
             return raw
@@ -284,13 +284,12 @@ class ResultsWriter:
     def __init__(self, content_type: str) -> None:
         self._type = content_type
         self._count = 0
-        self._pieces: list[bytes] = [b""]
+        self._pieces: list[bytes] = []
 
     def add(self, results: Sequence[object]) -> None:
         """Write results; not none of them."""
         piece = encode(self._type, results)
         if self._type == JSON:
-            # The array's bracket is where the comma has to be.
             piece = b"".join((b"," if self._count else b"", memoryview(piece)[1:-1]))
         else:
             piece = piece[len(_msgpack_array(len(results))) :]
@@ -298,17 +297,14 @@ class ResultsWriter:
         self._pieces.append(piece)
 
     def finish(self) -> list[bytes]:
-        """Return the answer in pieces."""
-        # Joined to what is beside them: each piece is written alone.
-        first = self._pieces[1:2]
+        """Return the answer in pieces; each will be written alone, so that none is but a few bytes."""
+        pieces = self._pieces or [b""]
         if self._type == JSON:
-            first.insert(0, b'{"results":[')
+            pieces[0] = b'{"results":[' + pieces[0]
+            pieces[-1] += b"]}"
         else:
-            first.insert(0, b"\x81\xa7results" + _msgpack_array(self._count))
-        self._pieces[:2] = [b"".join(first)]
-        if self._type == JSON:
-            self._pieces[-1] += b"]}"
-        return self._pieces
+            pieces[0] = b"\x81\xa7results" + _msgpack_array(self._count) + pieces[0]
+        return pieces
 
 
 def _msgpack_array(length: int) -> bytes:
