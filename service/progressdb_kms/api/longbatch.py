@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 LONG_BYTES: Final = 2**16
 """Bodies above this are cut; those below hold about a thousand items at most, or little to encrypt."""
-SLICE_ITEMS: Final = 512
+SLICE_ITEMS: Final = 256
 SLICE_BYTES: Final = 2**18
 
 CREATES: Final = 128

@@ -144,10 +144,13 @@ class Exchange(TCPServer):
                 written = 0
                 for whole in parts:
                     part = memoryview(whole)
-                    for start in range(0, len(part) or 1, PIECE):
+                    while not written or part:
                         if self.writer.is_closing():
                             return  # uvloop raises for it, asyncio warns; the app hears of it by its inbox
-                        self.writer.write(part[start : start + PIECE])
+                        # What would be left of it, if that is but a little, goes with it.
+                        size = PIECE if len(part) > PIECE + PIECE // 2 else len(part)
+                        self.writer.write(part[:size])
+                        part = part[size:]
                         await self.writer.drain()
                         written += PIECE
                         if written > PIECE:
