@@ -120,7 +120,10 @@ class BatchReader(Generic[T]):
         try:
             return self._item.read(content_type, item)
         except KmsError as error:
-            return error
+            # What led to it holds the frames of whoever asked, and these the rest of the batch: in cycles, that
+            # the garbage collector would hold everybody up for.
+            error.__context__ = None
+            return error.with_traceback(None)
 
     def has_read(self, items: Sequence[T | KmsError | msgspec.Raw]) -> TypeGuard[Sequence[T]]:
         """Say whether all of these are read, none of them with an error."""
