@@ -120,8 +120,8 @@ class BatchReader(Generic[T]):
         try:
             return self._item.read(content_type, item)
         except KmsError as error:
-            # What led to it holds the frames of whoever asked, and these the rest of the batch: in cycles, that
-            # the garbage collector would hold everybody up for.
+            # What led to it holds the frames of whoever asked, and these the rest of the batch, in
+            # cycles that the garbage collector would hold everybody up for.
             error.__context__ = None
             return error.with_traceback(None)
 
