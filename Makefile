@@ -52,7 +52,7 @@ test-fault: install system-packages ## the fault tests in long form (FAULT_RUNS 
 
 # Seconds that each target of the fuzzer gets; 0 leaves it out.
 FUZZ_SECONDS ?= 60
-FUZZ_TARGETS ?= blob policy config kek export records audit http ordinary
+FUZZ_TARGETS ?= blob policy config kek export records audit http ordinary batch
 .PHONY: fuzz
 fuzz: export HYPOTHESIS_PROFILE := fuzz
 fuzz: install system-packages ## the property tests with 100 times the examples, then the fuzzer (FUZZ_SECONDS a target)

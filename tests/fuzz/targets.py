@@ -7,7 +7,8 @@ import functools
 import tempfile
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from unittest import mock
 
 import h11
 import msgspec
@@ -22,6 +23,7 @@ from progressdb_kms.domain.envelope import BODY_BYTES, pack_blob, parse_blob
 from progressdb_kms.domain.errors import (
     BackupInvalid,
     KekFileInvalid,
+    KmsError,
     PolicyInvalid,
     SettingsInvalid,
     WrappedKeyInvalid,
@@ -33,7 +35,10 @@ from progressdb_kms.transport.connection import Connection
 from progressdb_kms.transport.http1 import Http1, http_config
 from progressdb_kms.transport.inbox import ConnectionTasks
 from progressdb_kms.transport.ordinary import parse_head
+from progressdb_kms.usecases import batches
+from progressdb_kms.usecases.batches import BatchReader
 from progressdb_kms.usecases.exportrecords import BATCH, pack_records, read_records
+from progressdb_kms.usecases.messages import MSGPACK, EncryptItem
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -158,8 +163,41 @@ def ordinary(data: bytes) -> None:
         assert event is h11.NEED_DATA
 
 
+def batch(data: bytes) -> None:
+    """A batch in msgpack is read in one pass, or in pieces, as it is item by item."""
+    wanted = _outcome(_one_by_one, data)
+    assert _outcome(_BATCH.read, data) == wanted
+    assert _outcome(_in_pieces, data) == wanted
+
+
+_BATCH: Final = BatchReader(EncryptItem)
+
+
+def _in_pieces(form: str, data: bytes, limit: int) -> list[EncryptItem | KmsError]:
+    with mock.patch.multiple(batches, WHOLE_ITEMS=2, PIECE_ITEMS=3):
+        work = _BATCH.begin(form, data, limit)
+        while True:
+            try:
+                next(work)
+            except StopIteration as done:
+                return [_BATCH.item(form, item) for item in done.value]
+
+
+def _one_by_one(form: str, data: bytes, limit: int) -> list[EncryptItem | KmsError]:
+    return [_BATCH.item(form, raw) for raw in batches._raw_msgpack(data, limit)]
+
+
+def _outcome(read: Callable[[str, bytes, int], list[EncryptItem | KmsError]], data: bytes) -> object:
+    try:
+        items = read(MSGPACK, data, 64)
+    except KmsError as error:
+        return type(error), error.detail
+    return [(type(item), item.detail) if isinstance(item, KmsError) else item for item in items]
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    target.__name__: target for target in (blob, policy, config, kek, export, records, audit, http, ordinary)
+    target.__name__: target
+    for target in (blob, policy, config, kek, export, records, audit, http, ordinary, batch)
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from operator import attrgetter
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -49,7 +50,15 @@ from progressdb_kms.usecases.messages import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+
+    from msgspec import Struct
+
+
+def _lengths(field: str) -> Callable[[Iterable[Struct]], int]:
+    """Return a function that adds up the lengths of a field of many items."""
+    get = attrgetter(field)
+    return lambda items: sum(map(len, map(get, items)))
 
 
 PAGE_DEFAULT: Final = 100
@@ -58,6 +67,8 @@ _LIMIT: Final = re.compile(r"[1-9][0-9]{0,3}")
 
 _CREATE: Final = Reader(CreateRequest)
 _CREATE_BATCH: Final = BatchReader(CreateItem)
+_ENCRYPT_WEIGHT: Final = _lengths("plaintext")
+_DECRYPT_WEIGHT: Final = _lengths("ciphertext")
 _REWRAP: Final = Reader(RewrapRequest)
 _SCHEDULE: Final = Reader(ScheduleDestruction)
 
@@ -122,9 +133,7 @@ async def decrypt(call: Call) -> bytes:
 async def encrypt_batch(call: Call) -> Answer:
     """Encrypt many messages."""
     if len(call.body) > LONG_BYTES:
-        return await answer_in_slices(
-            call, ENCRYPT_BATCH, call.hot.encrypt_items, lambda item: len(item.plaintext)
-        )
+        return await answer_in_slices(call, ENCRYPT_BATCH, call.hot.encrypt_items, _ENCRYPT_WEIGHT)
     return await call.loader.answer(
         call.hot.encrypt_batch, call.session, call.content_type, call.accept, call.body
     )
@@ -133,9 +142,7 @@ async def encrypt_batch(call: Call) -> Answer:
 async def decrypt_batch(call: Call) -> Answer:
     """Decrypt many messages."""
     if len(call.body) > LONG_BYTES:
-        return await answer_in_slices(
-            call, DECRYPT_BATCH, call.hot.decrypt_items, lambda item: len(item.ciphertext)
-        )
+        return await answer_in_slices(call, DECRYPT_BATCH, call.hot.decrypt_items, _DECRYPT_WEIGHT)
     return await call.loader.answer(
         call.hot.decrypt_batch, call.session, call.content_type, call.accept, call.body
     )

@@ -18,7 +18,7 @@ from progressdb_kms.domain.errors import KmsError
 from progressdb_kms.usecases.batches import ResultsWriter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Sequence
+    from collections.abc import Callable, Generator, Iterable, Sequence
 
     from progressdb_kms.api.call import Call
     from progressdb_kms.usecases.batches import BatchReader
@@ -48,7 +48,7 @@ async def answer_in_slices(
     call: Call,
     reader: BatchReader[Item],
     work: Callable[[Session, Sequence[Item | KmsError], Loaded], Sequence[object] | Miss],
-    weigh: Callable[[Item], int],
+    weigh: Callable[[Iterable[Item]], int],
 ) -> list[bytes]:
     """Answer a batch in slices; between two of them others get their turn.
 
@@ -56,7 +56,7 @@ async def answer_in_slices(
         call: The request.
         reader: Reads its body.
         work: Does the items of a slice.
-        weigh: Gives the bytes of an item that ``work`` has to get through.
+        weigh: Gives the bytes of items that ``work`` has to get through.
 
     Returns:
         The answer, in pieces.
@@ -69,18 +69,31 @@ async def answer_in_slices(
     count = len(items)
     while items:
         await asyncio.sleep(0)
-        part: list[Item | KmsError] = []
-        weight = 0
-        for raw in items[:SLICE_ITEMS]:
-            item = reader.item(call.content_type, raw)
-            # What is read only now takes its length to read, whatever comes of it.
-            weight += len(memoryview(raw)) if isinstance(raw, Raw) else 0
-            weight += 0 if isinstance(item, Exception) else weigh(item)
-            part.append(item)
-            if weight >= SLICE_BYTES:
-                break
+        part: Sequence[Item | KmsError] = _slice(items[:SLICE_ITEMS], call.content_type, reader, weigh)
         # Let go of a slice at a time: freeing many MiB in one go takes milliseconds.
         del items[: len(part)]
         answer.add(await call.loader.complete(partial(work, call.session, part)))
     call.session.charge(count - 1)
     return answer.finish()
+
+
+def _slice(
+    items: list[Item | KmsError | Raw],
+    content_type: str,
+    reader: BatchReader[Item],
+    weigh: Callable[[Iterable[Item]], int],
+) -> Sequence[Item | KmsError]:
+    """Read items until they weigh enough."""
+    if reader.has_read(items) and weigh(items) <= SLICE_BYTES:
+        return items
+    part: list[Item | KmsError] = []
+    weight = 0
+    for raw in items:
+        item = reader.item(content_type, raw)
+        # What is read only now takes its length to read, whatever comes of it.
+        weight += len(memoryview(raw)) if isinstance(raw, Raw) else 0
+        weight += 0 if isinstance(item, Exception) else weigh((item,))
+        part.append(item)
+        if weight >= SLICE_BYTES:
+            break
+    return part

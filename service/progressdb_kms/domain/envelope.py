@@ -29,6 +29,10 @@ from progressdb_kms.domain.keys import DEK_BYTES
 NONCE_BYTES: Final = 12
 TAG_BYTES: Final = 16
 MESSAGE_OVERHEAD: Final = NONCE_BYTES + TAG_BYTES
+NONCE: Final = slice(NONCE_BYTES)
+"""The nonce of a message."""
+SEALED: Final = slice(NONCE_BYTES, None)
+"""Its ciphertext and tag, as AES-GCM makes them."""
 
 WRAP_FORMAT: Final = 1
 HEADER_BYTES: Final = 4

@@ -383,8 +383,8 @@ def _pieces_of(answer: RawAnswer, close_line: bytes, last_line: bytes) -> Iterat
     if isinstance(body, bytes):
         yield head + body
         return
-    yield head
     body.reverse()
+    yield head + body.pop()
     while body:
         # Each is let go of once it is sent: freeing many MiB in one go takes milliseconds.
         yield body.pop()

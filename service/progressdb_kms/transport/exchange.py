@@ -142,11 +142,15 @@ class Exchange(TCPServer):
                 # In pieces, as the loops' TLS layers take anything at once and only then ask to wait.
                 # Of nothing there is the waiting only.
                 written = 0
-                for part in parts:
-                    for start in range(0, len(part) or 1, PIECE):
+                for whole in parts:
+                    part = memoryview(whole)
+                    while not written or part:
                         if self.writer.is_closing():
                             return  # uvloop raises for it, asyncio warns; the app hears of it by its inbox
-                        self.writer.write(part[start : start + PIECE])
+                        # What would be left of it, if that is but a little, goes with it.
+                        size = PIECE if len(part) > PIECE + PIECE // 2 else len(part)
+                        self.writer.write(part[:size])
+                        part = part[size:]
                         await self.writer.drain()
                         written += PIECE
                         if written > PIECE:

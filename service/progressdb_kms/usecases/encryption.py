@@ -8,9 +8,13 @@ no I/O. Where a key is not in memory it returns a ``Miss`` that says what to fet
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Final, NamedTuple
+from operator import attrgetter
+from struct import Struct as Layout
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
-from progressdb_kms.domain.envelope import NONCE_BYTES, open_sealed, seal
+from cryptography.exceptions import InvalidTag
+
+from progressdb_kms.domain.envelope import NONCE, NONCE_BYTES, SEALED, open_sealed, seal
 from progressdb_kms.domain.errors import KeyExhausted, KmsError, PermissionDenied, PlaintextTooLarge
 from progressdb_kms.domain.keys import MAY_DECRYPT, MAY_ENCRYPT, refusal
 from progressdb_kms.domain.policy import Permission
@@ -29,7 +33,9 @@ from progressdb_kms.usecases.messages import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from msgspec import Struct
 
     from progressdb_kms.domain.policy import Grants
     from progressdb_kms.usecases.context import Kms
@@ -39,6 +45,12 @@ ENCRYPT: Final = Reader(EncryptItem)
 DECRYPT: Final = Reader(DecryptItem)
 ENCRYPT_BATCH: Final = BatchReader(EncryptItem)
 DECRYPT_BATCH: Final = BatchReader(DecryptItem)
+
+_KEY_ID: Final = attrgetter("key_id")
+_NONCES: Final = Layout(f"{NONCE_BYTES}s")
+
+Item = TypeVar("Item", EncryptItem, DecryptItem)
+Result = TypeVar("Result", Encrypted, Decrypted)
 
 
 class Miss(NamedTuple):
@@ -91,7 +103,9 @@ class Hot:
         key = loaded.get(item.key_id) or self._lookup(item.key_id)
         if key is None:
             return Miss(frozenset({item.key_id}), {})
-        key = self._may_encrypt(grants, key, item)
+        key = _may_encrypt(grants, key)
+        if len(item.plaintext) > self._limit:
+            raise self._too_large(item)
         if key.uses_left < 1:
             return Miss(frozenset(), {item.key_id: 1})
         key.spend(1)
@@ -118,7 +132,7 @@ class Hot:
         key = loaded.get(item.key_id) or self._lookup(item.key_id)
         if key is None:
             return Miss(frozenset({item.key_id}), {})
-        key = self._may_decrypt(grants, key)
+        key = _may_decrypt(grants, key)
         plaintext = open_sealed(key.cipher, item.ciphertext, item.aad or None)
         self._count("decrypt", 1)
         if self._calls.wanted:
@@ -152,42 +166,38 @@ class Hot:
             CertificateExpired: The caller's.
         """
         grants = session.grants()
-        keys = self._keys(items, loaded)
+        readable = items if ENCRYPT_BATCH.has_read(items) else _readable(items)
+        wanted = Counter(map(_KEY_ID, readable))
+        keys = self._keys(wanted, loaded)
         if isinstance(keys, Miss):
             return keys
-        wanted = Counter(item.key_id for item in items if isinstance(item, EncryptItem))
+        allowed, refused = _judged(keys, grants, _may_encrypt)
         short = {
-            key_id: count
-            for key_id, count in wanted.items()
-            if isinstance(key := keys[key_id], CachedDek)
-            and key.uses_left < count
-            and not key.exhausted
             # Uses are reserved for those who may spend them: nobody else can wear a key out.
-            and key.state in MAY_ENCRYPT
-            and grants.allows(Permission.ENCRYPT, key.thread_id)
+            key_id: wanted[key_id]
+            for key_id, key in allowed.items()
+            if key.uses_left < wanted[key_id]
         }
         if short:
             return Miss(frozenset(), short)
-        nonces = self._kms.random(NONCE_BYTES * len(items))
+        for key_id, key in allowed.items():
+            # All before the first, so that what goes wrong in between can't leave uses uncounted.
+            key.spend(wanted[key_id])
+        # What is the same for all items is looked up once: the rest is what an item costs.
+        uses = {key_id: (key.cipher.encrypt, key.version) for key_id, key in allowed.items()}
+        limit = self._limit
+        nonces = _NONCES.iter_unpack(self._kms.random(NONCE_BYTES * len(readable)))
         results: list[Encrypted | Failed] = []
-        done: list[tuple[str, str]] = []
-        for number, item in enumerate(items):
-            if isinstance(item, KmsError):
-                results.append(failed(item))
-                continue
-            try:
-                key = self._may_encrypt(grants, keys[item.key_id], item)
-                key.spend(1)
-                nonce = nonces[NONCE_BYTES * number : NONCE_BYTES * (number + 1)]
-                results.append(
-                    Encrypted(seal(key.cipher, nonce, item.plaintext, item.aad or None), key.version)
-                )
-                done.append((key.key_id, key.thread_id))
-            except KmsError as error:
-                results.append(self._failed(error, "/encrypt_batch"))
-        self._kms.observer.dek_uses("encrypt", len(done))
-        if self._calls.wanted:
-            self._calls.note("encrypt", session.name, done)
+        for item, (nonce,) in zip(readable, nonces, strict=True):
+            if (use := uses.get(item.key_id)) is None:
+                results.append(self._failed(refused[item.key_id], "/encrypt_batch"))
+            elif len(plaintext := item.plaintext) > limit:
+                allowed[item.key_id].spend(-1)
+                results.append(failed(self._too_large(item)))
+            else:
+                results.append(Encrypted(nonce + use[0](nonce, plaintext, item.aad or None), use[1]))
+        results = _in_place(items, results)
+        self._note("encrypt", session, allowed, items, results)
         return results
 
     def decrypt_batch(
@@ -217,35 +227,53 @@ class Hot:
             CertificateExpired: The caller's.
         """
         grants = session.grants()
-        keys = self._keys(items, loaded)
+        readable = items if DECRYPT_BATCH.has_read(items) else _readable(items)
+        keys = self._keys(set(map(_KEY_ID, readable)), loaded)
         if isinstance(keys, Miss):
             return keys
+        allowed, refused = _judged(keys, grants, _may_decrypt)
+        opens = {key_id: key.cipher.decrypt for key_id, key in allowed.items()}
         results: list[Decrypted | Failed] = []
-        done: list[tuple[str, str]] = []
-        for item in items:
-            if isinstance(item, KmsError):
-                results.append(failed(item))
+        for item in readable:
+            if (decrypt := opens.get(item.key_id)) is None:
+                results.append(self._failed(refused[item.key_id], "/decrypt_batch"))
                 continue
+            sealed = item.ciphertext
             try:
-                key = self._may_decrypt(grants, keys[item.key_id])
-                results.append(Decrypted(open_sealed(key.cipher, item.ciphertext, item.aad or None)))
-                done.append((key.key_id, key.thread_id))
-            except KmsError as error:
-                results.append(self._failed(error, "/decrypt_batch"))
-        self._kms.observer.dek_uses("decrypt", len(done))
-        if self._calls.wanted:
-            self._calls.note("decrypt", session.name, done)
+                results.append(Decrypted(decrypt(sealed[NONCE], sealed[SEALED], item.aad or None)))
+            except (InvalidTag, ValueError):
+                results.append(_unopened(allowed[item.key_id], item))
+        results = _in_place(items, results)
+        self._note("decrypt", session, allowed, items, results)
         return results
+
+    def _note(
+        self,
+        operation: str,
+        session: Session,
+        keys: Mapping[str, CachedDek],
+        items: Sequence[EncryptItem | DecryptItem | KmsError],
+        results: Sequence[Struct],
+    ) -> None:
+        """Count what was done, and note it where calls are audited."""
+        self._kms.observer.dek_uses(operation, len(results) - list(map(type, results)).count(Failed))
+        if self._calls.wanted:
+            done = [
+                (item.key_id, keys[item.key_id].thread_id)
+                for item, result in zip(items, results, strict=True)
+                if not isinstance(item, KmsError) and type(result) is not Failed
+            ]
+            self._calls.note(operation, session.name, done)
 
     def _failed(self, error: KmsError, route: str) -> Failed:
         if isinstance(error, PermissionDenied):
             self._kms.refusals.note(error, route)
         return failed(error)
 
-    def _keys(self, items: Iterable[EncryptItem | DecryptItem | KmsError], loaded: Loaded) -> Loaded | Miss:
+    def _keys(self, key_ids: Iterable[str], loaded: Loaded) -> Loaded | Miss:
         keys: Loaded = {}
         missing = set()
-        for key_id in {item.key_id for item in items if not isinstance(item, KmsError)}:
+        for key_id in key_ids:
             key = loaded.get(key_id) or self._kms.cache.lookup(key_id)
             if key is None:
                 missing.add(key_id)
@@ -253,25 +281,62 @@ class Hot:
                 keys[key_id] = key
         return Miss(frozenset(missing), {}) if missing else keys
 
-    def _may_encrypt(self, grants: Grants, key: CachedDek | KmsError, item: EncryptItem) -> CachedDek:
-        if isinstance(key, KmsError):
-            raise key
-        grants.require(Permission.ENCRYPT, key.thread_id)
-        if key.state not in MAY_ENCRYPT:
-            raise refusal(key.state)
-        if key.exhausted:
-            raise KeyExhausted
-        if len(item.plaintext) > self._limit:
-            raise PlaintextTooLarge(
-                f"a plaintext has at most {self._limit} bytes, this one has {len(item.plaintext)}"
-            )
-        return key
+    def _too_large(self, item: EncryptItem) -> PlaintextTooLarge:
+        return PlaintextTooLarge(
+            f"a plaintext has at most {self._limit} bytes, this one has {len(item.plaintext)}"
+        )
 
-    @staticmethod
-    def _may_decrypt(grants: Grants, key: CachedDek | KmsError) -> CachedDek:
-        if isinstance(key, KmsError):
-            raise key
-        grants.require(Permission.DECRYPT, key.thread_id)
-        if key.state not in MAY_DECRYPT:
-            raise refusal(key.state)
-        return key
+
+def _may_encrypt(grants: Grants, key: CachedDek | KmsError) -> CachedDek:
+    if isinstance(key, KmsError):
+        raise key
+    grants.require(Permission.ENCRYPT, key.thread_id)
+    if key.state not in MAY_ENCRYPT:
+        raise refusal(key.state)
+    if key.exhausted:
+        raise KeyExhausted
+    return key
+
+
+def _may_decrypt(grants: Grants, key: CachedDek | KmsError) -> CachedDek:
+    if isinstance(key, KmsError):
+        raise key
+    grants.require(Permission.DECRYPT, key.thread_id)
+    if key.state not in MAY_DECRYPT:
+        raise refusal(key.state)
+    return key
+
+
+def _readable(items: Iterable[Item | KmsError]) -> list[Item]:
+    return [item for item in items if not isinstance(item, KmsError)]
+
+
+def _in_place(items: Sequence[Item | KmsError], results: list[Result | Failed]) -> list[Result | Failed]:
+    """Put the errors of items that could not be read where these stand among the results of the others."""
+    if len(results) == len(items):
+        return results
+    others = iter(results)
+    return [failed(item) if isinstance(item, KmsError) else next(others) for item in items]
+
+
+def _unopened(key: CachedDek, item: DecryptItem) -> Decrypted | Failed:
+    """Say why a ciphertext does not open."""
+    try:
+        return Decrypted(open_sealed(key.cipher, item.ciphertext, item.aad or None))
+    except KmsError as error:
+        return failed(error)
+
+
+def _judged(
+    keys: Loaded, grants: Grants, may: Callable[[Grants, CachedDek | KmsError], CachedDek]
+) -> tuple[dict[str, CachedDek], dict[str, KmsError]]:
+    """Tell the keys that may be used from those that may not, with why; once each, as no item changes it."""
+    allowed: dict[str, CachedDek] = {}
+    refused: dict[str, KmsError] = {}
+    for key_id, key in keys.items():
+        try:
+            allowed[key_id] = may(grants, key)
+        except KmsError as error:
+            # With its traceback it would hold this frame, which holds it.
+            refused[key_id] = error.with_traceback(None)
+    return allowed, refused

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,27 @@ async def test_others_get_their_turn(world: World) -> None:
     await encrypt(world, [{"key_id": key_id, "plaintext": bytes(2**17)}] * 20)
     assert turns >= 10
     other.cancel()
+
+
+@pytest.mark.parametrize("content_type", [JSON, MSGPACK])
+async def test_errors_leave_nothing_for_the_garbage_collector(world: World, content_type: str) -> None:
+    """Looking at the errors of 10,000 items, and all that they hold, would take it some 15 ms."""
+    mail = await world.key("mail:1")
+    items: list[Any] = [
+        7,
+        {"key_id": "k_" + "A" * 28, "plaintext": b""},
+        {"key_id": mail, "plaintext": b""},
+        {"key": mail},
+    ]
+    call = call_of(world, items * SLICE_ITEMS, content_type, world.session("room"))
+    await encrypt_batch(call)
+    gc.collect()
+    gc.disable()
+    try:
+        await encrypt_batch(call)
+        assert gc.collect() < SLICE_ITEMS
+    finally:
+        gc.enable()
 
 
 async def test_a_change_in_between_counts(world: World) -> None:

@@ -299,6 +299,22 @@ def test_answers_are_base64_or_raw() -> None:
     assert msgspec.msgpack.decode(encode(MSGPACK, Decrypted(b"\xfb\xff"))) == {"plaintext": b"\xfb\xff"}
 
 
+@given(
+    st.lists(
+        st.one_of(
+            st.builds(EncryptItem, st.text(), st.binary(), st.sampled_from([msgspec.UNSET, None, b"", b"x"])),
+            st.builds(CreateItem, st.text(), st.sampled_from([msgspec.UNSET, None, "", "x"])),
+        )
+    )
+)
+def test_quotes_of_many_are_the_sum(items: list[Any]) -> None:
+    """Too few would send good batches the slow way, too many would hide a field that is given twice."""
+    for model in (EncryptItem, CreateItem):
+        reader: Reader[Any] = Reader(model)
+        mine = [item for item in items if isinstance(item, model)]
+        assert reader.quotes_of(mine) == sum(map(reader.quotes, mine))
+
+
 @given(st.lists(st.text('a"\\/\u00e9', max_size=6), max_size=6))
 def test_quotes_are_counted_where_some_are_escaped(texts: list[str]) -> None:
     """Two for each string, whatever is in it: else each body with a backslash would be looked at twice."""
