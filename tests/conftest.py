@@ -1,9 +1,10 @@
-"""For every test: Hypothesis profiles, and no skipped test in CI."""
+"""For every test: Hypothesis profiles, bytecode that is kept, and no skipped test in CI."""
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
 from typing import TYPE_CHECKING, TypeVar
 
 import pytest
@@ -14,6 +15,11 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
 
 Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
+
+# Tests start many processes of the package. Where containers set this, each one compiles the package anew,
+# which takes about as much CPU time as the rest of its start.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # Two cores are shared by the services under test, so an example's time says nothing: no deadline.
 settings.register_profile(

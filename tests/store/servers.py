@@ -105,9 +105,15 @@ class Server:
 
     def ask(self, *command: str | int | bytes, **login: Any) -> Any:
         """Run one command and return the raw reply."""
-        with redis.Redis(unix_socket_path=str(self.socket), socket_timeout=5, protocol=2, **login) as client:
-            client.response_callbacks.clear()
-            return client.execute_command(*command)
+        # A client with its pool takes over ten times the CPU time of a connection alone.
+        connection = redis.UnixDomainSocketConnection(  # type: ignore[abstract] # it is used, and not abstract when run
+            path=str(self.socket), socket_timeout=5, protocol=2, driver_info=None, **login
+        )
+        try:
+            connection.send_command(*command)
+            return connection.read_response()
+        finally:
+            connection.disconnect()
 
     def configure(self, **settings: str) -> None:
         """Change settings while it runs."""
