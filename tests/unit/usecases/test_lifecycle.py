@@ -166,7 +166,8 @@ async def test_rewrap_refuses_what_does_not_unwrap(world: World) -> None:
     await activate(world)
     await world.keks.refresh()
     record = world.store._records[key_id]
-    forged = replace(record, wrapped=record.wrapped[:-1] + b"\0")
+    flipped = record.wrapped[:-1] + bytes([record.wrapped[-1] ^ 1])
+    forged = replace(record, wrapped=flipped)
     world.store._records[key_id] = forged
     with pytest.raises(errors.WrappedKeyInvalid):
         await rewrap(world.kms, world.session("operator"), key_id, "r")
