@@ -1,15 +1,17 @@
-"""What ``serve`` loads: its memory and its start pay for every module."""
+"""What the service loads: its memory and its start pay for every module."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = """
 import gc, sys
 from progressdb_kms.cli.app import app
-with app.make_context("progressdb-kms", ["serve"]) as context:
-    app.get_command(context, "serve")
+with app.make_context("progressdb-kms", ["version"]) as context:
+    app.get_command(context, sys.argv[1])
 print(*sorted({name.partition(".")[0] for name in sys.modules}))
 print(gc.isenabled())
 import rich.console, structlog
@@ -29,9 +31,10 @@ NOT_NEEDED = {
 NEEDED = {"cryptography", "hypercorn", "prometheus_client", "quart", "redis", "structlog", "uvloop", "yaml"}
 
 
-def test_serve_loads_no_package_that_it_does_not_use() -> None:
+@pytest.mark.parametrize("command", ["serve", "dev"])
+def test_the_service_loads_no_package_that_it_does_not_use(command: str) -> None:
     """Nothing of other commands, KEK sources or terminals; what is left out can be had later."""
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", SCRIPT, command], capture_output=True, text=True, check=True)
     packages, collecting, later = done.stdout.splitlines()
     loaded = set(packages.split())
     assert loaded >= NEEDED

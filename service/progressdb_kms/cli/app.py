@@ -41,6 +41,10 @@ _COMMANDS: Final = {
 }
 
 
+_SERVING: Final = frozenset({"dev", "serve"})
+"""Commands that run the service in their own process."""
+
+
 class _Commands(click.Group):
     """Loads a command's module when it is asked for: ``keys list`` needs neither Quart nor Redis."""
 
@@ -51,7 +55,7 @@ class _Commands(click.Group):
         if cmd_name not in _COMMANDS:
             return None
         module, _, name = _COMMANDS[cmd_name].partition(":")
-        with _lean() if cmd_name == "serve" else nullcontext():
+        with _lean() if cmd_name in _SERVING else nullcontext():
             command = getattr(importlib.import_module(f"progressdb_kms.cli.{module}"), name)
         if not isinstance(command, click.Command):
             raise TypeError(f"{module}:{name} is not a command")

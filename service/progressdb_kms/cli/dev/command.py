@@ -14,7 +14,6 @@ import uvloop
 from msgspec.structs import replace
 
 from progressdb_kms import bootstrap
-from progressdb_kms.cli.dev.demo import show_round_trip
 from progressdb_kms.cli.dev.layout import CLIENTS, Layout, locked, open_layout, prepare
 from progressdb_kms.cli.dev.store import DevStore
 from progressdb_kms.domain.errors import KmsError
@@ -115,6 +114,9 @@ class _Dev:
             self._demo = asyncio.create_task(self._show_demo(ready))
 
     async def _show_demo(self, ready: dict[str, Any]) -> None:
+        # Only here: it brings the client, which the service does without.
+        from progressdb_kms.cli.dev.demo import show_round_trip  # noqa: PLC0415 - see above
+
         try:
             await asyncio.to_thread(show_round_trip, ready, self._layout.demo)
         except (KmsError, OSError) as error:
