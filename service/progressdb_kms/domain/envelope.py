@@ -136,6 +136,11 @@ def seal(dek: AESGCM, nonce: bytes, plaintext: bytes, aad: bytes | None) -> byte
     return nonce + dek.encrypt(nonce, plaintext, aad)
 
 
+def too_short() -> MalformedCiphertext:
+    """Return the error of a ciphertext of less than ``MESSAGE_OVERHEAD`` bytes."""
+    return MalformedCiphertext(f"a ciphertext has at least {MESSAGE_OVERHEAD} bytes: nonce and tag")
+
+
 def open_sealed(dek: AESGCM, ciphertext: bytes, aad: bytes | None) -> bytes:
     """Decrypt what ``seal`` made.
 
@@ -144,7 +149,7 @@ def open_sealed(dek: AESGCM, ciphertext: bytes, aad: bytes | None) -> bytes:
         AuthenticationFailed: Another key, another AAD, or changed on the way.
     """
     if len(ciphertext) < MESSAGE_OVERHEAD:
-        raise MalformedCiphertext(f"a ciphertext has at least {MESSAGE_OVERHEAD} bytes: nonce and tag")
+        raise too_short()
     try:
         return dek.decrypt(ciphertext[:NONCE_BYTES], ciphertext[NONCE_BYTES:], aad)
     except InvalidTag:

@@ -14,8 +14,22 @@ from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from cryptography.exceptions import InvalidTag
 
-from progressdb_kms.domain.envelope import NONCE, NONCE_BYTES, SEALED, open_sealed, seal
-from progressdb_kms.domain.errors import KeyExhausted, KmsError, PermissionDenied, PlaintextTooLarge
+from progressdb_kms.domain.envelope import (
+    MESSAGE_OVERHEAD,
+    NONCE,
+    NONCE_BYTES,
+    SEALED,
+    open_sealed,
+    seal,
+    too_short,
+)
+from progressdb_kms.domain.errors import (
+    AuthenticationFailed,
+    KeyExhausted,
+    KmsError,
+    PermissionDenied,
+    PlaintextTooLarge,
+)
 from progressdb_kms.domain.keys import MAY_DECRYPT, MAY_ENCRYPT, refusal
 from progressdb_kms.domain.policy import Permission
 from progressdb_kms.usecases.batches import BatchReader
@@ -239,10 +253,13 @@ class Hot:
                 results.append(self._failed(refused[item.key_id], "/decrypt_batch"))
                 continue
             sealed = item.ciphertext
+            if len(sealed) < MESSAGE_OVERHEAD:
+                results.append(failed(too_short()))
+                continue
             try:
                 results.append(Decrypted(decrypt(sealed[NONCE], sealed[SEALED], item.aad or None)))
-            except (InvalidTag, ValueError):
-                results.append(_unopened(allowed[item.key_id], item))
+            except InvalidTag:
+                results.append(failed(AuthenticationFailed()))
         results = _in_place(items, results)
         self._note("decrypt", session, allowed, items, results)
         return results
@@ -317,14 +334,6 @@ def _in_place(items: Sequence[Item | KmsError], results: list[Result | Failed]) 
         return results
     others = iter(results)
     return [failed(item) if isinstance(item, KmsError) else next(others) for item in items]
-
-
-def _unopened(key: CachedDek, item: DecryptItem) -> Decrypted | Failed:
-    """Say why a ciphertext does not open."""
-    try:
-        return Decrypted(open_sealed(key.cipher, item.ciphertext, item.aad or None))
-    except KmsError as error:
-        return failed(error)
 
 
 def _judged(
