@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 MOST_SAID: Final = 2**20
 """Bytes that a worker can say of itself."""
-AHEAD_WAITS: Final = 0.005
-"""Seconds that a connection is left to workers with fewer: one that is idle takes it in a tenth of that."""
+AHEAD_WAITS: Final = 0.02
+"""Seconds that a connection is left to workers with fewer: one that is idle takes it at once."""
 STARTING_WAITS: Final = 0.05
 FRESH: Final = 2.0
 """Seconds without a sign of life after which connections are not left to a worker any more."""
