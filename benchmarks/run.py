@@ -1,9 +1,9 @@
 """Measure the service against ceilings: what the same machine does without the checks of a key service.
 
 The service has one core to itself; the load generator (bombardier 1.2.6) and the store share the other; only
-the part `workers` keeps nothing to a core. Runs of all cases are interleaved, so that noise of the machine meets
-all alike; medians, the spread and ratios are printed and written to latest.json, with the conditions. README.md
-beside this file says what each means.
+the part `workers` keeps nothing to a core. Runs of all cases are interleaved, so that noise of the machine
+meets all alike; medians, the spread and ratios are printed and written to latest.json, with the conditions.
+README.md beside this file says what each means.
 """
 
 from __future__ import annotations

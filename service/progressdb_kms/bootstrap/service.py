@@ -210,6 +210,9 @@ class Service:
         await self._meet_store()
         await auditing.begin(settings, self.audit, instance)
         self._started = True
+        if self.speaker is not None:
+            # Before it is asked: what it said while it started is not true any more.
+            self.speaker.say()
         self.place.enter(Stage.SERVING)
         self.upkeep.start()
         self._tasks += [asyncio.create_task(watch.run()) for watch in self._watches]

@@ -53,7 +53,7 @@ class Speaker:
     async def run(self) -> None:
         """Say of this worker what there is to say, again and again, until cancelled."""
         while True:
-            self._say()
+            self.say()
             await asyncio.sleep(SAY_EVERY)
 
     def dead(self) -> list[str]:
@@ -87,7 +87,7 @@ class Speaker:
 
     def metrics(self) -> bytes:
         """Return the exposition of all workers together."""
-        self._say()
+        self.say()
         parts: list[list[Family]] = []
         for place, text in zip((*self._board.places, None), self._board.said(), strict=True):
             # Of one that hangs or has ended only what it has counted is still true.
@@ -96,7 +96,7 @@ class Speaker:
             parts.append(families if alive else sums_of([families]))
         return exposition(merge(parts))
 
-    def _say(self) -> None:
+    def say(self) -> None:
         """Put down what is to be said of this worker now."""
         families = msgspec.Raw(_encode(families_of(self._metrics.registry)))
         try:

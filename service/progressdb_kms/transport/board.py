@@ -209,6 +209,11 @@ class Place:
         """The places of the other workers."""
         return [place for place in self.board.places if place.number != self.number]
 
+    @property
+    def leaves_alone(self) -> bool:
+        """Whether other workers go on when this one ends."""
+        return not self.board.draining and any(place.stage is Stage.SERVING for place in self.others)
+
     def begin(self, pid: int) -> None:
         """Note a worker that begins."""
         self.board.set(self.number, _Field.PID, pid)

@@ -165,6 +165,9 @@ class Server:
         connections close, requests under way finish, and what is left at the timeout is cut.
         """
         self.draining = True
+        if self._place.leaves_alone:
+            # Probes are the others' business: one that came here at the very end would be cut.
+            self._stop_admin()
         for connection in self.registry:
             connection.close_after_response()
         await asyncio.sleep(self._drain.delay)
