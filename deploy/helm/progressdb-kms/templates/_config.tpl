@@ -3,6 +3,9 @@
 {{- $r := include "progressdb-kms.fullname" . -}}
 {{- $dir := "/etc/progressdb-kms" -}}
 {{- $files := include "progressdb-kms.storeFiles" . | fromYaml -}}
+{{- if gt (int .Values.workers) 1 }}
+workers: {{ int .Values.workers }}
+{{ end -}}
 listen: {host: 0.0.0.0, port: 8443}
 admin: {host: 0.0.0.0, port: 9090}
 tls:
