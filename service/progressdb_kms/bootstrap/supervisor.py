@@ -249,7 +249,9 @@ def _reported(text: bytes) -> Exception:
     try:
         said = json.loads(text)
     except ValueError:
-        said = {"type": "unknown"}
+        said = None
+    if not isinstance(said, dict):
+        said = {"type": "an unknown error"}
     if "code" in said:
         return by_code().get(said["code"], InternalError)(said["detail"])
     if "errno" in said:

@@ -3,10 +3,10 @@
 {{- $r := include "progressdb-kms.fullname" . -}}
 {{- $dir := "/etc/progressdb-kms" -}}
 {{- $files := include "progressdb-kms.storeFiles" . | fromYaml -}}
+listen: {host: 0.0.0.0, port: 8443}
 {{- if gt (int .Values.workers) 1 }}
 workers: {{ int .Values.workers }}
-{{ end -}}
-listen: {host: 0.0.0.0, port: 8443}
+{{- end }}
 admin: {host: 0.0.0.0, port: 9090}
 tls:
   cert: {{ $dir }}/tls/tls.crt
