@@ -108,8 +108,14 @@ class Speaker:
 def lay_down(place: Place) -> None:
     """Keep what a worker that has ended has counted, and empty its place."""
     board = place.board
-    sums = sums_of([_families(board.ended.said()), _families(place.said())])
-    board.move(place, _encode(Said([], msgspec.Raw(_encode(sums)))))
+    kept = board.ended.said()
+    try:
+        sums = sums_of([_families(kept), _families(place.said())])
+        board.move(place, _encode(Said([], msgspec.Raw(_encode(sums)))))
+    except (ValueError, KeyError) as error:
+        # Whatever a worker left behind must not end the supervisor, and the others with it.
+        log.error("worker_counts_lost", worker=place.number, why=type(error).__name__)  # noqa: TRY400 - likewise
+        board.move(place, kept)
 
 
 def _families(text: bytes) -> list[Family]:
