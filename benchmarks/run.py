@@ -1,8 +1,9 @@
 """Measure the service against ceilings: what the same machine does without the checks of a key service.
 
-The service has one core to itself; the load generator (bombardier 1.2.6) and the store share the other. Runs
-of all cases are interleaved, so that noise of the machine meets all alike; medians, the spread and ratios are
-printed and written to latest.json, with the conditions. README.md beside this file says what each means.
+The service has one core to itself; the load generator (bombardier 1.2.6) and the store share the other; only
+the part `workers` keeps nothing to a core. Runs of all cases are interleaved, so that noise of the machine
+meets all alike; medians, the spread and ratios are printed and written to latest.json, with the conditions.
+README.md beside this file says what each means.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from benchmarks.bench.servers import reference, service
 from benchmarks.bench.starting import starting_cases
 from benchmarks.bench.store import store_cases
 from benchmarks.bench.tools import build_reference, find_generator, find_store_benchmark
+from benchmarks.bench.workers import worker_cases, worker_services
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,9 +45,9 @@ PARTS: dict[str, Callable[[Scene], list[Case]]] = {
     "start": starting_cases,
     "fairness": fairness_cases,
 }
-"""Parts by name; "memory" beside them has a development instance of its own."""
-NAMES = (*PARTS, "memory")
-NEED_GO = {"single", "handshakes", "batches", "start", "fairness"}
+"""Parts by name; "workers" and "memory" beside them have services of their own."""
+NAMES = (*PARTS, "workers", "memory")
+NEED_GO = {"single", "handshakes", "batches", "start", "fairness", "workers"}
 """Parts that use the generator or the reference, which Go builds; the others run without it."""
 QUICK = {"seconds": 0.1, "runs": 1, "keys": 500}
 
@@ -74,6 +76,16 @@ def main() -> int:
         ):
             scene = Scene(ready, url, pid, Path(folder), options.seconds)
             run_in_turns([case for make in chosen for case in make(scene)], options.runs, figures)
+    if "workers" in options.only:
+        # By itself, since both cores are the workers' here.
+        with (
+            announced("workers"),
+            service() as ready,
+            worker_services(ready) as services,
+            tempfile.TemporaryDirectory() as folder,
+        ):
+            scene = Scene(ready, "", 0, Path(folder), options.seconds)
+            run_in_turns(worker_cases(scene, services), options.runs, figures)
     if "memory" in options.only and options.keys:
         with announced("memory"):
             measure_memory(figures, counts_up_to(options.keys))

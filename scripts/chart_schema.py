@@ -175,6 +175,7 @@ RULES: Final[dict[str, Schema]] = {
     "image.pullPolicy": choice("Always", "IfNotPresent", "Never"),
     "imagePullSecrets": listed(closed({"name": text(NAME)}, ("name",))),
     "replicaCount": number(1, 100),
+    "workers": number(1, 64),
     "autoscaling.*Replicas": number(1, 100),
     "autoscaling.targetCPUUtilizationPercentage": number(1, 1000),
     "autoscaling.behavior": OPEN,

@@ -109,8 +109,10 @@ def fire(scene: Scene, request: Request, connections: int) -> Values:
     return read_report(json.loads(said)["result"], spent)
 
 
-def generator_command(scene: Scene, request: Request, connections: int, seconds: float) -> list[str]:
-    """Return the command that repeats a request for some seconds, on the generator's core."""
+def generator_command(
+    scene: Scene, request: Request, connections: int, seconds: float, core: int | None = GENERATOR_CORE
+) -> list[str]:
+    """Return the command that repeats a request for some seconds, on one core or on any."""
     files = scene.ready["clients"][request.client]
     command = [str(find_generator()), "-m", "POST", "-f", str(request.body), "-k"]
     command += ["-H", f"Content-Type: {request.content_type}", "-H", f"Accept: {request.content_type}"]
@@ -121,7 +123,7 @@ def generator_command(scene: Scene, request: Request, connections: int, seconds:
     # It refuses times below a second.
     length = ["-d", f"{round(seconds * 1000)}ms"] if seconds >= 1 else ["-n", str(2 * connections)]
     command += [*length, "-l", "-p", "r", "-o", "json", request.url]
-    return ["taskset", "-c", str(GENERATOR_CORE), *command] if two_cores() else command
+    return ["taskset", "-c", str(core), *command] if two_cores() and core is not None else command
 
 
 def read_report(report: dict[str, Any], spent: float) -> Values:

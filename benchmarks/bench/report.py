@@ -17,6 +17,7 @@ TITLES = {
     "coalesced": "Calls of many tasks on one client, by tasks: CPU time is the client's",
     "start": "Cold start",
     "fairness": "A client beside batches of 10,000 items, by its requests a second",
+    "workers": "Batches with one worker and with two: rates and CPU time are of items",
     "memory": "Memory, by keys",
 }
 CEILINGS = {"single": ("reference", "store"), "handshakes": ("reference",), "batches": ("floor",)}
@@ -87,6 +88,11 @@ def _over_other(figures: Figures, key: Key) -> dict[str, float | None]:
             return {f"coalesced, {key.what}: rate, coalesced vs alone": rate}
         case "fairness", who if who != "alone":
             return {f"fairness: p99, alone vs {who}": ratio("p99_us", "alone")}
+        case "workers", "2 workers":
+            return {
+                f"workers, {key.what}: rate, 2 vs 1": ratio("per_second", "1 worker", more=True),
+                f"workers, {key.what}: CPU, 1 vs 2": ratio("cpu_us", "1 worker"),
+            }
         case "start", "service":
             return {
                 "start: time, service vs reference": ratio("ms", "reference"),

@@ -6,8 +6,10 @@ import ctypes
 import gc
 import os
 import resource
+import signal
 from typing import Final
 
+_PR_SET_PDEATHSIG: Final = 1
 _PR_SET_DUMPABLE: Final = 4
 _MCL_CURRENT: Final = 1
 _MCL_FUTURE: Final = 2
@@ -65,3 +67,19 @@ def allow_descriptors(wanted: int) -> str:
             " open files (ulimit -n, LimitNOFILE) or lower it"
         )
     return ""
+
+
+def end_with_parent(parent: int) -> None:
+    """Have the kernel send SIGTERM to this process when its parent ends, however that ends.
+
+    Args:
+        parent: Process id of the parent. If it has ended already, the signal comes at once.
+
+    Raises:
+        OSError: The kernel does not do that.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) is refused")
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)

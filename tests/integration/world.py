@@ -139,6 +139,7 @@ class Instance:
         for section, values in config.items():
             merged = {**document.get(section, {}), **values} if isinstance(values, Mapping) else values
             document[section] = merged
+        self.workers: int = document.get("workers", 1)
         self.config = self.folder / "config.yaml"
         self.config.write_text(json.dumps(document))
 
@@ -296,7 +297,8 @@ class Instance:
         before = self.metric("kms_reloads_total", what="policy")
         limits = [{"identities": ["dns:server"], **fields}] if fields else []
         write_private(self.policy, json.dumps({**POLICY, "limits": limits}))
-        self.until("kms_reloads_total", lambda count: count > before, what="policy")
+        # Each worker reads the file by itself.
+        self.until("kms_reloads_total", lambda count: count >= before + self.workers, what="policy")
 
     def warm(self, key_id: str) -> Client:
         """Use a key until it is served from memory; return the client that did."""

@@ -183,3 +183,19 @@ async def test_abort_cuts_at_once(serve: Serve) -> None:
     draining.cancel()
     assert await peer.end() == b""
     await asyncio.wait([draining])
+
+
+async def test_who_has_connected_by_then_is_served(serve: Serve) -> None:
+    """What waits to be accepted at the end of the drain is answered, not reset."""
+    running = await serve()
+    path = running.server.unix_path
+    waiting = [socket.socket(socket.AF_UNIX) for _ in range(20)]
+    for sock in waiting:
+        # Without giving the event loop a turn: nobody has accepted any of them.
+        sock.connect(str(path))
+        sock.sendall(b"GET /who HTTP/1.1\r\nhost: kms\r\n\r\n")
+        sock.settimeout(20)
+    await running.server.drain()
+    for sock in waiting:
+        with sock:
+            assert sock.recv(2**16).startswith(b"HTTP/1.1 200")

@@ -214,3 +214,20 @@ def test_rotation_and_escrow() -> None:
     escrow = parse_settings(document() | {"escrow": {"recipients": ["r.pub"]}}, BASE).escrow
     assert not isinstance(escrow, str)
     assert escrow.recipients == (BASE / "r.pub",)
+
+
+@pytest.mark.parametrize("workers", [0, 65, "2", 1.5])
+def test_impossible_numbers_of_workers(workers: object) -> None:
+    """From 1 to 64."""
+    with pytest.raises(SettingsInvalid, match="workers"):
+        parse_settings(document(workers=workers), BASE)
+
+
+@pytest.mark.parametrize(
+    "section, name", [("limits", "max_connections"), ("limits", "max_handshakes"), ("cache", "max_keys")]
+)
+def test_what_workers_share_is_enough_for_each(section: str, name: str) -> None:
+    """A limit of all together that would leave a worker nothing is refused."""
+    parse_settings(document(workers=4, **{section: {name: 4}}), BASE)
+    with pytest.raises(SettingsInvalid, match=rf"{section}\.{name} is for all 4 workers together"):
+        parse_settings(document(workers=4, **{section: {name: 3}}), BASE)

@@ -19,11 +19,13 @@ class AdminApp:
     """A bare ASGI app: the kubelet and Prometheus ask it often, and a framework would add nothing.
 
     Attributes:
+        dead: Says what hangs, one line each; empty when nothing does.
         unready: Says why the service is not ready, one line each; empty when it is.
         metrics: Gives the exposition.
         metrics_type: Its Content-Type.
     """
 
+    dead: Callable[[], list[str]]
     unready: Callable[[], list[str]]
     metrics: Callable[[], bytes]
     metrics_type: str
@@ -50,6 +52,6 @@ class AdminApp:
             return 405, "text/plain", b"only GET and HEAD\n"
         if path == "/metrics":
             return 200, self.metrics_type, self.metrics()
-        reasons = self.unready() if path == "/readyz" else []
-        document = {"status": "unready", "reasons": reasons} if reasons else {"status": "ok"}
+        word, reasons = ("unready", self.unready()) if path == "/readyz" else ("hangs", self.dead())
+        document = {"status": word, "reasons": reasons} if reasons else {"status": "ok"}
         return (503 if reasons else 200), "application/json", json.dumps(document).encode() + b"\n"

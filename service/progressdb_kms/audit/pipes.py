@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import select
 import threading
 import time
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import TextIO
 
     from progressdb_kms.ports.audit import AuditObserver
@@ -72,8 +74,9 @@ class PatientStream:
                 held, self._held = self._held, []
             text = "".join(held)
             try:
-                self._stream.write(text)
-                self._stream.flush()
+                for piece in whole_lines(text):
+                    self._stream.write(piece)
+                    self._stream.flush()
             except (OSError, ValueError):  # the reader is gone, or the stream closed: what comes is dropped
                 self._observer.audit_failed("stdout")
                 self._observer.audit_lost("stdout", text.count("\n"))
@@ -83,3 +86,21 @@ class PatientStream:
                     self._changed.notify_all()
             if not self._ending:
                 time.sleep(_BREATH)
+
+
+def whole_lines(text: str) -> Iterator[str]:
+    """Cut ASCII lines into pieces that a pipe takes whole (at most PIPE_BUF bytes, pipe(7)).
+
+    Several workers write to one pipe: a longer piece could be cut in two by another's. A line that is longer
+    by itself is a piece by itself.
+    """
+    piece: list[str] = []
+    size = 0
+    for line in text.splitlines(keepends=True):
+        if piece and size + len(line) > select.PIPE_BUF:
+            yield "".join(piece)
+            piece, size = [], 0
+        piece.append(line)
+        size += len(line)
+    if piece:
+        yield "".join(piece)

@@ -1,7 +1,7 @@
 """The only package that wires adapters to use cases.
 
 ``parts`` makes what the service and the commands share, ``audit`` their audit log, ``service`` is one running
-instance.
+instance, ``supervisor`` runs several of them as the workers of one service.
 """
 
 from progressdb_kms.bootstrap.audit import export_audit, read_anchor, verify_audit, verify_keys
@@ -18,6 +18,7 @@ from progressdb_kms.bootstrap.parts import (
 )
 from progressdb_kms.bootstrap.service import Addresses, Service, openapi, serve
 from progressdb_kms.bootstrap.storing import store_settings
+from progressdb_kms.bootstrap.supervisor import serve_with_workers
 
 __all__ = [
     "STORE_ID",
@@ -36,6 +37,7 @@ __all__ = [
     "read_escrow",
     "rotation_parts",
     "serve",
+    "serve_with_workers",
     "store_settings",
     "verify_audit",
     "verify_keys",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import structlog
+from msgspec.structs import replace
 
 from progressdb_kms import __version__
 from progressdb_kms.api.admin import AdminApp
@@ -23,8 +24,10 @@ from progressdb_kms.audit.chained import ChainedAuditLog
 from progressdb_kms.audit.pipes import PatientStream
 from progressdb_kms.bootstrap import audit as auditing
 from progressdb_kms.bootstrap.events import Events
+from progressdb_kms.bootstrap.gauges import add_gauges
 from progressdb_kms.bootstrap.kek import kek_source
 from progressdb_kms.bootstrap.parts import expected_store, load_policy, make_vault
+from progressdb_kms.bootstrap.speaker import Speaker
 from progressdb_kms.bootstrap.storing import store_settings
 from progressdb_kms.domain.errors import (
     KekFileInvalid,
@@ -32,12 +35,14 @@ from progressdb_kms.domain.errors import (
     OperatorError,
     PolicyInvalid,
 )
+from progressdb_kms.domain.quota import Part
 from progressdb_kms.files import Watch
 from progressdb_kms.observability.logs import configure_logs
 from progressdb_kms.observability.metrics import CONTENT_TYPE, Metrics
 from progressdb_kms.process import allow_descriptors, harden, spare_what_is_there
 from progressdb_kms.settings import Limits, Settings
 from progressdb_kms.store.redis import RedisStore, open_store
+from progressdb_kms.transport.board import Board, Place, Stage
 from progressdb_kms.transport.server import Server
 from progressdb_kms.transport.tls import TlsHolder
 from progressdb_kms.usecases.context import Bounds, Kms, boottime
@@ -54,6 +59,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from progressdb_kms.domain.identity import Identity
+    from progressdb_kms.transport.listeners import Sockets
 
 log = structlog.get_logger(__name__)
 
@@ -71,6 +77,14 @@ class Addresses:
     unix: Path | None
 
 
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """What a worker gets from its supervisor: its place on the board, and the sockets that all listen on."""
+
+    place: Place
+    sockets: Sockets
+
+
 def openapi() -> dict[str, Any]:
     """Return the OpenAPI description under the default limits."""
     return openapi_document(Limits())
@@ -81,13 +95,17 @@ class Service:
 
     Args:
         settings: The configuration.
+        seat: What a worker has been given; None for a service of one process.
 
     Raises:
         OperatorError: A file that it needs can't be used.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, seat: Seat | None = None) -> None:
         self.settings = settings
+        self.seat = seat
+        self.place = seat.place if seat else Board(1).places[0]
+        self.part = Part(self.place.number, self.place.board.workers)
         self.metrics = Metrics()
         self.events = Events(self.metrics)
         self._watches = [
@@ -101,7 +119,7 @@ class Service:
             self._watches.append(Watch(paths, self._reload_tls))
         # Watches are made before the files are read, so that a change in between is not missed.
         self.source = kek_source(settings)
-        self.policies = PolicyBook(*load_policy(settings.policy))
+        self.policies = PolicyBook(*load_policy(settings.policy), part=self.part)
         self.tls = TlsHolder(settings.tls, self.events) if settings.tls is not None else None
         self.store_settings = store_settings(settings)
         self.store_id = expected_store(settings)
@@ -125,7 +143,7 @@ class Service:
             store_id=self.store_id,
         )
         cache = DekCache(
-            max_keys=settings.cache.max_keys,
+            max_keys=self.part.of(settings.cache.max_keys),
             ttl=settings.cache.ttl,
             max_stale=settings.cache.max_stale,
             clock=boottime,
@@ -174,22 +192,30 @@ class Service:
         self.server = Server(
             app=create_app(api, hot),
             door=ApiDoor(api, hot, self.metrics.request_at_door, debug=debug) if settings.fast_door else None,
-            admin_app=AdminApp(self.unready, self.metrics.render, CONTENT_TYPE),
+            admin_app=self._admin_app(),
             listen=settings.listen,
             admin=settings.admin,
-            limits=settings.limits,
+            limits=replace(settings.limits, max_handshakes=self.part.of(settings.limits.max_handshakes)),
             drain=settings.drain,
             tls=self.tls,
             session_for=self.session_for,
             events=self.events,
+            sockets=self.seat.sockets if self.seat else None,
+            place=self.place,
         )
-        self._add_gauges(cache)
+        add_gauges(self, cache)
         await self.server.start()
+        if self.speaker is not None:
+            self._tasks.append(asyncio.create_task(self.speaker.run()))
         await self._meet_store()
         await auditing.begin(settings, self.audit, instance)
         self._started = True
+        if self.speaker is not None:
+            # Before it is asked: what it said while it started is not true any more.
+            self.speaker.say()
+        self.place.enter(Stage.SERVING)
         self.upkeep.start()
-        self._tasks = [asyncio.create_task(watch.run()) for watch in self._watches]
+        self._tasks += [asyncio.create_task(watch.run()) for watch in self._watches]
         self._tasks.append(asyncio.create_task(self.rotations.run()))
         keeping = auditing.keep_up(settings, self.audit, self.store.audit, self.metrics)
         self._tasks.append(asyncio.create_task(keeping))
@@ -214,6 +240,13 @@ class Service:
                 log.error("store_not_usable", detail=reason)
                 said = reason
             await asyncio.sleep(START_RETRY_SECONDS)
+
+    def _admin_app(self) -> AdminApp:
+        if self.seat is None:
+            self.speaker = None
+            return AdminApp(list, self.unready, self.metrics.render, CONTENT_TYPE)
+        self.speaker = Speaker(self.place, self.metrics, self.unready)
+        return AdminApp(self.speaker.dead, self.speaker.unready, self.speaker.metrics, CONTENT_TYPE)
 
     def session_for(self, identity: Identity) -> Session:
         """Return what a connection of ``identity`` may do."""
@@ -240,12 +273,11 @@ class Service:
 
     async def stop(self) -> None:
         """End in order: drain, then leave the store."""
+        self.place.enter(Stage.LEAVING)
         await self.server.drain()
         # Of whoever was cut off meanwhile: what was begun is ended, and its outcome written down.
         await self.kms.creation.settle()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._end_tasks()
         if self._started:
             await self.upkeep.stop()
         await self._close_audit()
@@ -254,66 +286,19 @@ class Service:
     async def abort(self) -> None:
         """End after a failed start."""
         await self.server.abort()
+        await self._end_tasks()
         await self._close_audit()
         await self.store.close()
+
+    async def _end_tasks(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _close_audit(self) -> None:
         if isinstance(self.audit, ChainedAuditLog):
             await self.audit.close()
         await asyncio.to_thread(self.output.close)
-
-    def _add_gauges(self, cache: DekCache) -> None:
-        metrics = self.metrics
-        metrics.gauge("kms_ready", "1 while the service is ready.", lambda: float(not self.unready()))
-        metrics.gauge("kms_connections", "Open API connections.", lambda: self.server.connections)
-        metrics.gauge("kms_key_cache_keys", "Unwrapped keys in memory.", lambda: len(cache))
-        metrics.gauge(
-            "kms_kek_versions_loaded", "KEK versions that are loaded.", lambda: len(self.source.versions())
-        )
-        metrics.gauge(
-            "kms_kek_versions_usable",
-            "KEK versions that are loaded and match the registry.",
-            lambda: len(self.keks.usable),
-        )
-        metrics.gauge(
-            "kms_store_reachable",
-            "1 while the store answers.",
-            lambda: float(self.store.health.status.reachable),
-        )
-        metrics.gauge(
-            "kms_store_problems",
-            "Ways in which the store could lose keys.",
-            lambda: len(self.store.health.status.problems),
-        )
-        audit = self.audit
-        metrics.gauge(
-            "kms_audit_chained",
-            "1 where audit records are chained and anchored.",
-            lambda: float(isinstance(audit, ChainedAuditLog)),
-        )
-        metrics.gauge(
-            "kms_audit_waiting",
-            "Audit records that are not durable yet.",
-            lambda: audit.waiting if isinstance(audit, ChainedAuditLog) else 0,
-        )
-        metrics.facts(lambda: self.rotations.facts(time.time()))
-        if self.tls is not None:
-            tls = self.tls
-            expiry = metrics.labelled_gauge(
-                "kms_certificate_expiry_timestamp_seconds",
-                "When a certificate expires, in Unix seconds.",
-                "certificate",
-            )
-            expiry.labels("server").set_function(lambda: tls.facts.not_after)
-            expiry.labels("client_ca").set_function(lambda: min(ca.not_after for ca in tls.facts.client_cas))
-            if self.settings.tls is not None and self.settings.tls.client_crl is not None:
-                next_update = expiry.labels("client_crl")
-                next_update.set_function(lambda: min(crl.next_update for crl in tls.facts.crls))
-                metrics.gauge(
-                    "kms_revoked_certificates",
-                    "Client certificates that the loaded revocation lists name.",
-                    lambda: sum(crl.revoked for crl in tls.facts.crls),
-                )
 
     async def _reload_kek(self) -> None:
         try:
@@ -339,12 +324,15 @@ class Service:
             await self.tls.reload()
 
 
-async def serve(settings: Settings, *, on_ready: Callable[[Addresses], None] | None = None) -> int:
-    """Run the service until SIGTERM or SIGINT.
+async def serve(
+    settings: Settings, *, on_ready: Callable[[Addresses], None] | None = None, seat: Seat | None = None
+) -> int:
+    """Run the service, in this process alone or as one of its workers, until SIGTERM or SIGINT.
 
     Args:
         settings: The configuration.
         on_ready: Called once when ``/readyz`` would say yes.
+        seat: What a worker has been given. It comes with both signals blocked.
 
     Returns:
         The process's exit code.
@@ -364,7 +352,11 @@ async def serve(settings: Settings, *, on_ready: Callable[[Addresses], None] | N
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    service = Service(settings)
+    if seat is not None:
+        # Not before: until there is a handler they would end the process instead of draining it.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
+        structlog.contextvars.bind_contextvars(worker=seat.place.number)
+    service = Service(settings, seat)
     starting = asyncio.create_task(service.start())
     stopped = asyncio.create_task(stop.wait())
     await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)

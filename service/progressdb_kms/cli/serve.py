@@ -17,7 +17,10 @@ from progressdb_kms.settings import load_settings
 )
 def serve(config: Path) -> int:
     """Serve until SIGTERM or SIGINT; requests under way are finished first."""
-    return uvloop.run(bootstrap.serve(load_settings(config)))
+    settings = load_settings(config)
+    if settings.workers > 1:
+        return bootstrap.serve_with_workers(settings)
+    return uvloop.run(bootstrap.serve(settings))
 
 
 @click.command()

@@ -3,8 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from progressdb_kms.domain.errors import TooManyRequests
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One worker's part of what the workers of an instance may do together.
+
+    Attributes:
+        number: Of the worker, from 0.
+        workers: How many there are.
+    """
+
+    number: int
+    workers: int
+
+    def of(self, total: int) -> int:
+        """Return this worker's part of a whole number; all parts together are exactly that."""
+        return total // self.workers + (self.number < total % self.workers)
+
+
+WHOLE: Final = Part(0, 1)
+"""The part of an instance's only process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,15 +51,20 @@ class Quota:
     only when it has been read: a batch larger than the burst is possible, and paid for by the wait after it.
 
     Args:
-        limit: The limit.
+        limit: The limit of the instance.
         now: Seconds of a clock that never goes back.
+        part: This process's part of it. Of requests under way it is one at least, or an identity could be
+            shut out by the worker that its connection has come to.
     """
 
-    __slots__ = ("_at", "_limit", "_tokens", "_under_way")
+    __slots__ = ("_at", "_limit", "_tokens", "_under_way", "_whole")
 
-    def __init__(self, limit: Limit, now: float) -> None:
-        self._limit = limit
-        self._tokens = limit.burst
+    def __init__(self, limit: Limit, now: float, part: Part = WHOLE) -> None:
+        self._whole = limit
+        workers = part.workers
+        concurrent = max(1, part.of(limit.concurrent)) if limit.concurrent else 0
+        self._limit = Limit(limit.rate / workers, limit.burst / workers, concurrent)
+        self._tokens = self._limit.burst
         self._at = now
         self._under_way = 0
 
@@ -50,13 +77,15 @@ class Quota:
         limit = self._limit
         if limit.concurrent and self._under_way >= limit.concurrent:
             raise TooManyRequests(
-                f"this identity may have {limit.concurrent} requests under way: wait for an answer"
+                f"this identity may have {self._whole.concurrent} requests under way: wait for an answer"
             )
         if limit.rate:
             self._refill(now)
             if self._tokens <= 0:
                 wait = (1 - self._tokens) / limit.rate
-                raise TooManyRequests(f"this identity may make {limit.rate:g} operations a second", wait)
+                raise TooManyRequests(
+                    f"this identity may make {self._whole.rate:g} operations a second", wait
+                )
             self._tokens -= 1
         self._under_way += 1
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.process_collector import ProcessCollector
 
 from progressdb_kms import __version__
@@ -51,6 +51,19 @@ class _FactsCollector:
                 for which, amount in value.items():
                     family.add_metric([which], float(amount))
             yield family
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+
+class _CountCollector:
+    """Reads a counter that is kept elsewhere at each scrape."""
+
+    def __init__(self, name: str, text: str, value: Callable[[], float]) -> None:
+        self._name, self._text, self._value = name, text, value
+
+    def collect(self) -> Iterator[Metric]:
+        yield CounterMetricFamily(self._name, self._text, self._value())
 
     def describe(self) -> Iterable[Metric]:
         return []
@@ -158,6 +171,10 @@ class Metrics:
         """Add a gauge that is read at each scrape."""
         gauge = Gauge(name, text, registry=self.registry)
         gauge.set_function(value)
+
+    def read_counter(self, name: str, text: str, value: Callable[[], float]) -> None:
+        """Add a counter that is read at each scrape; ``name`` is without ``_total``."""
+        self.registry.register(_CountCollector(name, text, value))
 
     def labelled_gauge(self, name: str, text: str, label: str) -> Gauge:
         """Add a gauge with one label, set by whoever made it."""

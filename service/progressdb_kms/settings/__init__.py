@@ -239,8 +239,10 @@ class Settings(Section, frozen=True, kw_only=True):
     Attributes:
         fast_door: Answer ordinary requests for hot routes on the spot; off, all go through the framework, in
             some ten times the CPU time and with the same answers.
+        workers: Processes that serve, each able to use a core. Limits count for all of them together.
     """
 
+    workers: Annotated[int, Meta(ge=1, le=64)] = 1
     listen: Listen = msgspec.field(default_factory=Listen)
     fast_door: bool = True
     admin: Admin = msgspec.field(default_factory=Admin)
@@ -290,6 +292,7 @@ def parse_settings(document: Any, base: Path) -> Settings:  # noqa: ANN401 - wha
 
 def _check(settings: Settings) -> None:
     check_kek(settings.kek)
+    _check_shares(settings)
     listen, store, limits = settings.listen, settings.store, settings.limits
     if limits.body_bytes < limits.plaintext_bytes * 4 // 3 + 1024:
         raise SettingsInvalid(
@@ -329,3 +332,16 @@ def _check(settings: Settings) -> None:
             "configuration: kek.management kubernetes needs rotation.kubernetes: which Secret holds the"
             " KEK file?"
         )
+
+
+def _check_shares(settings: Settings) -> None:
+    limits, cache = settings.limits, settings.cache
+    for name, total in (
+        ("limits.max_connections", limits.max_connections),
+        ("limits.max_handshakes", limits.max_handshakes),
+        ("cache.max_keys", cache.max_keys),
+    ):
+        if total < settings.workers:
+            raise SettingsInvalid(
+                f"configuration: {name} is for all {settings.workers} workers together: at least one each"
+            )

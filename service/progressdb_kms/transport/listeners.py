@@ -10,6 +10,7 @@ import os
 import socket
 import stat
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from progressdb_kms.domain.errors import SettingsInvalid
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from progressdb_kms.settings import UnixListen
+    from progressdb_kms.settings import Admin, Listen, UnixListen
 
 log = logging.getLogger(__name__)
 
@@ -92,9 +93,15 @@ class UnixSocket:
             self.close()
             raise SettingsInvalid(f"listen.unix: can't make {self.path}: {error.strerror}") from error
 
-    def close(self) -> None:
-        """Stop listening and remove the file, unless another process has put its own there."""
+    def close(self, *, keep_file: bool = False) -> None:
+        """Stop listening and remove the file, unless another process has put its own there.
+
+        Args:
+            keep_file: Leave it, as other processes listen on it.
+        """
         self.socket.close()
+        if keep_file:
+            return
         with suppress(OSError):
             status = self.path.stat(follow_symlinks=False)
             if (status.st_dev, status.st_ino) == self._file:
@@ -138,6 +145,61 @@ def _remove_stale(path: Path) -> None:
         path.unlink()
 
 
+@dataclass(frozen=True, slots=True)
+class Sockets:
+    """The listening sockets of a service, bound once: by its only process, or before its workers begin."""
+
+    tcp: socket.socket | None
+    unix: UnixSocket | None
+    admin: socket.socket
+
+    def close(self, *, keep_file: bool = False) -> None:
+        """Close those of this process; ``keep_file`` as for ``UnixSocket``."""
+        self.admin.close()
+        if self.tcp is not None:
+            self.tcp.close()
+        if self.unix is not None:
+            self.unix.close(keep_file=keep_file)
+
+
+def bind_all(listen: Listen, admin: Admin) -> Sockets:
+    """Bind all addresses of a service.
+
+    No address is ever shared (no SO_REUSEPORT), so that another service on it is refused, and never gets some
+    of the connections.
+
+    Raises:
+        SettingsInvalid: One can't be had; nothing stays bound.
+    """
+    tcp: socket.socket | None = None
+    unix: UnixSocket | None = None
+    try:
+        if listen.host is not None:
+            tcp = listen_tcp(listen.host, listen.port, "listen")
+        if listen.unix is not None:
+            unix = UnixSocket(listen.unix)
+        return Sockets(tcp, unix, listen_tcp(admin.host, admin.port, "admin"))
+    except BaseException:
+        if tcp is not None:
+            tcp.close()
+        if unix is not None:
+            unix.close()
+        raise
+
+
+def peer_of(sock: socket.socket) -> str:
+    """Return a TCP peer's address, for logs."""
+    try:
+        host, port = sock.getpeername()[:2]
+    except OSError:
+        return "unknown"  # gone already
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _at_once(*, waited: bool) -> float:  # noqa: ARG001 - the signature of those that do wait
+    return 0.0
+
+
 class Acceptor:
     """Accepts on a listening socket and hands each connection on.
 
@@ -146,11 +208,20 @@ class Acceptor:
     Args:
         sock: Listening, non-blocking; closed by ``close``.
         accepted: Takes each connection's socket, and must not raise.
+        hold_back: Says for how many seconds to leave a waiting connection to other processes that listen on
+            the socket; 0 takes it. Told whether that time has been waited already.
     """
 
-    def __init__(self, sock: socket.socket, accepted: Callable[[socket.socket], None]) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        accepted: Callable[[socket.socket], None],
+        hold_back: Callable[..., float] = _at_once,
+    ) -> None:
         self._sock = sock
         self._accepted = accepted
+        self._hold_back = hold_back
+        self._waited = False
         self._loop = asyncio.get_running_loop()
         self._paused: asyncio.TimerHandle | None = None
         self._closed = False
@@ -166,24 +237,52 @@ class Acceptor:
                 self._paused.cancel()
             self._sock.close()
 
+    def finish(self) -> None:
+        """Take what has connected already, then stop accepting.
+
+        Closing the last descriptor of a listening socket resets the connections in its queue, whose peers may
+        have sent a request. What connects between the last look and the close is reset all the same: Linux
+        has no way to close the entrance alone.
+        """
+        if not self._closed and self._paused is None:
+            for _ in range(BACKLOG + 1):
+                if not self._take():
+                    break
+        self.close()
+
     def _resume(self) -> None:
         self._paused = None
         self._loop.add_reader(self._sock, self._accept)
+
+    def _pause(self, seconds: float) -> None:
+        # The socket stays readable: with the reader left in place the event loop would spin.
+        self._loop.remove_reader(self._sock)
+        self._paused = self._loop.call_later(seconds, self._resume)
 
     def _accept(self) -> None:
         for _ in range(ACCEPT_AT_ONCE):
             if self._closed:
                 return
-            try:
-                sock, _address = self._sock.accept()
-            except (BlockingIOError, InterruptedError):
+            seconds = self._hold_back(waited=self._waited)
+            self._waited = seconds > 0
+            if seconds:
+                self._pause(seconds)
                 return
-            except OSError as error:
-                if error.errno in _OUT_OF_SOMETHING:
-                    log.error("can't accept connections: %s", error.strerror)  # noqa: TRY400 - no traceback's worth
-                    self._loop.remove_reader(self._sock)
-                    self._paused = self._loop.call_later(ACCEPT_PAUSE, self._resume)
-                    return
-                continue  # that one connection is gone: ECONNABORTED and the like, accept(2)
-            sock.setblocking(False)  # noqa: FBT003 - the standard library's signature
-            self._accepted(sock)
+            if not self._take():
+                return
+
+    def _take(self) -> bool:
+        """Accept a connection; return whether there may be another one."""
+        try:
+            sock, _address = self._sock.accept()
+        except (BlockingIOError, InterruptedError):
+            return False
+        except OSError as error:
+            if error.errno in _OUT_OF_SOMETHING:
+                log.error("can't accept connections: %s", error.strerror)  # noqa: TRY400 - no traceback's worth
+                self._pause(ACCEPT_PAUSE)
+                return False
+            return True  # that one connection is gone: ECONNABORTED and the like, accept(2)
+        sock.setblocking(False)  # noqa: FBT003 - the standard library's signature
+        self._accepted(sock)
+        return True

@@ -1,4 +1,4 @@
-"""The serve loop: accepts, proves, limits, drains. One process, one event loop (asyncio or uvloop).
+"""The serve loop: accepts, proves, limits, drains. One event loop (asyncio or uvloop) in each process.
 
 The loop accepts by itself instead of by ``asyncio.start_server``, because that swallows refused handshakes,
 caps nothing, and holds one TLS context for ever.
@@ -19,12 +19,13 @@ from hypercorn.asyncio.worker_context import WorkerContext
 
 from progressdb_kms.domain.errors import SettingsInvalid
 from progressdb_kms.transport.alert import handshaking
+from progressdb_kms.transport.board import Board, Place
 from progressdb_kms.transport.connection import CLOSE_GRACE, Connection, ConnectionProtocol, Phase
 from progressdb_kms.transport.exchange import Exchange
 from progressdb_kms.transport.http1 import http_config
 from progressdb_kms.transport.identity import IdentityRefused, identity_of, peer_identity
 from progressdb_kms.transport.inbox import where
-from progressdb_kms.transport.listeners import Acceptor, UnixSocket, listen_tcp
+from progressdb_kms.transport.listeners import Acceptor, Sockets, bind_all, peer_of
 from progressdb_kms.transport.refusal import handshake_reason, trusted_chain
 from progressdb_kms.transport.turns import Turns
 
@@ -64,6 +65,8 @@ class Server:
         session_for: Makes what the app gets as ``kms.session``, once per connection.
         events: Told what happens.
         door: The app's hot routes, for the fast door; None: it is closed.
+        sockets: Bound by the supervisor, for all its workers; None: the server binds its own.
+        place: This worker's on the board; None: it is the only one.
     """
 
     def __init__(  # noqa: PLR0913 - the parts of a server, each named by the caller
@@ -79,6 +82,8 @@ class Server:
         session_for: Callable[[Identity], object],
         events: TransportEvents,
         door: DoorApp | None = None,
+        sockets: Sockets | None = None,
+        place: Place | None = None,
     ) -> None:
         self._app = ASGIWrapper(app)
         self._admin_app = ASGIWrapper(admin_app)
@@ -99,7 +104,9 @@ class Server:
         self._admin_open: dict[Connection, None] = {}
         self._acceptors: list[Acceptor] = []
         self._admin_acceptor: Acceptor | None = None
-        self._unix: UnixSocket | None = None
+        self._sockets = sockets
+        self._shared = sockets is not None
+        self._place = place or Board(1).places[0]
         self._sweeping: asyncio.Task[None] | None = None
         self._stopped = False
         self.draining = False
@@ -119,7 +126,7 @@ class Server:
     @property
     def unix_path(self) -> Path | None:
         """Where the Unix socket is, if there is one."""
-        return self._unix.path if self._unix else None
+        return self._sockets.unix.path if self._sockets and self._sockets.unix else None
 
     async def start(self) -> None:
         """Bind everything and serve.
@@ -136,21 +143,20 @@ class Server:
         self._sweeping = asyncio.get_running_loop().create_task(self._sweep())
 
     def _bind(self) -> None:
-        if self._listen.host is not None:
-            if self._tls is None:
-                raise SettingsInvalid("listen: TCP is served with TLS only, and there is none")
+        if self._listen.host is not None and self._tls is None:
+            raise SettingsInvalid("listen: TCP is served with TLS only, and there is none")
+        if self._sockets is None:
+            self._sockets = bind_all(self._listen, self._admin)
+        sockets, hold_back = self._sockets, self._place.hold_back
+        if sockets.tcp is not None and self._tls is not None:
             self._tls.replaced = partial(self._judge, self._tls)
-            sock = listen_tcp(self._listen.host, self._listen.port, "listen")
-            self.tcp_address = sock.getsockname()[:2]
-            self._acceptors.append(Acceptor(sock, partial(self._accepted_tls, self._tls)))
-        if self._listen.unix is not None:
-            self._unix = UnixSocket(self._listen.unix)
-            self._acceptors.append(
-                Acceptor(self._unix.socket, partial(self._accepted_unix, self._listen.unix))
-            )
-        sock = listen_tcp(self._admin.host, self._admin.port, "admin")
-        self.admin_address = sock.getsockname()[:2]
-        self._admin_acceptor = Acceptor(sock, self._accepted_admin)
+            self.tcp_address = sockets.tcp.getsockname()[:2]
+            self._acceptors.append(Acceptor(sockets.tcp, partial(self._accepted_tls, self._tls), hold_back))
+        if sockets.unix is not None and self._listen.unix is not None:
+            accepted = partial(self._accepted_unix, self._listen.unix)
+            self._acceptors.append(Acceptor(sockets.unix.socket, accepted, hold_back))
+        self.admin_address = sockets.admin.getsockname()[:2]
+        self._admin_acceptor = Acceptor(sockets.admin, self._accepted_admin)
 
     async def drain(self) -> None:
         """End as SIGTERM asks for: unready now, accepting for ``drain.delay``, done ``drain.timeout`` later.
@@ -159,10 +165,15 @@ class Server:
         connections close, requests under way finish, and what is left at the timeout is cut.
         """
         self.draining = True
+        if self._place.leaves_alone:
+            # Probes are the others' business: one that came here at the very end would be cut.
+            self._stop_admin()
         for connection in self.registry:
             connection.close_after_response()
         await asyncio.sleep(self._drain.delay)
         self._stopped = True
+        for acceptor in self._acceptors:
+            acceptor.finish()
         self._stop_accepting()
         api = {task for task, kind in self._tasks.items() if kind != "admin"}
         for connection in self.registry:
@@ -173,8 +184,8 @@ class Server:
 
     async def abort(self) -> None:
         """Stop at once: cut all connections and wait for their tasks to end."""
-        self.draining = self._stopped = True
-        self._stop_accepting()
+        drained, self.draining, self._stopped = self._stopped, True, True
+        self._stop_accepting(keep_file=self._shared and not drained)
         self._stop_admin()
         # A task cancelled before its first step would never close its socket.
         await asyncio.sleep(0)
@@ -190,11 +201,11 @@ class Server:
             if left:
                 log.warning("%d connections did not end when they were cancelled", len(left))
 
-    def _stop_accepting(self) -> None:
+    def _stop_accepting(self, *, keep_file: bool = False) -> None:
         for acceptor in self._acceptors:
             acceptor.close()
-        if self._unix is not None:
-            self._unix.close()
+        if self._sockets is not None and self._sockets.unix is not None:
+            self._sockets.unix.close(keep_file=keep_file)
 
     def _stop_admin(self) -> None:
         if self._admin_acceptor is not None:
@@ -223,7 +234,7 @@ class Server:
         self._spawn("admin", self._serve_plain(sock, "admin", None))
 
     def _full(self) -> bool:
-        if self.connections < self._limits.max_connections:
+        if not self._place.full(self._limits.max_connections):
             return False
         self._events.connection_refused("limit")
         return True
@@ -231,15 +242,16 @@ class Server:
     def _spawn(self, kind: str, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks[task] = kind
+        self._place.accepted += kind != "admin"
         task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.pop(task, None)
+        self._place.accepted -= self._tasks.pop(task) != "admin"
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a connection's task failed: %s", where(error))
 
     async def _serve_tls(self, sock: socket.socket, tls: TlsHolder) -> None:
-        peer = _peer(sock)
+        peer = peer_of(sock)
         while len(self._handshakes) >= self._limits.max_handshakes:
             self._events.connection_refused("handshakes")
             self._handshakes.pop(next(iter(self._handshakes))).cancel()
@@ -281,7 +293,7 @@ class Server:
 
     async def _serve_plain(self, sock: socket.socket, kind: str, identity: Identity | None) -> None:
         loop = asyncio.get_running_loop()
-        peer = str(identity) if identity else _peer(sock)
+        peer = str(identity) if identity else peer_of(sock)
         protocol = ConnectionProtocol(loop)
         try:
             transport, _layer = await loop.connect_accepted_socket(lambda: protocol, sock)
@@ -309,6 +321,7 @@ class Server:
             transport.abort()
             return
         held[connection] = None
+        self._place.connections = self.connections
         self._events.connection_opened(kind)
         try:
             await self._exchange(connection, transport, protocol)
@@ -318,6 +331,7 @@ class Server:
         finally:
             transport.abort()
             del held[connection]
+            self._place.connections = self.connections
             self._events.connection_closed(kind, connection.why)
 
     def _connection(self, kind: str, peer: str, identity: Identity | None) -> Connection:
@@ -382,6 +396,7 @@ class Server:
         interval = min(SWEEP, shortest / 4)
         clock = asyncio.get_running_loop().time
         while True:
+            self._place.alive()
             await asyncio.sleep(interval)
             now, today = clock(), time.time()
             for connection in (*self._api_open, *self._admin_open):
@@ -389,11 +404,3 @@ class Server:
                     connection.expire()
                 elif connection.chain and connection.chain[0].not_after <= today:
                     connection.abort("expired")
-
-
-def _peer(sock: socket.socket) -> str:
-    try:
-        host, port = sock.getpeername()[:2]
-    except OSError:
-        return "unknown"  # gone already
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Final
 
 from progressdb_kms.domain.errors import CertificateExpired
 from progressdb_kms.domain.policy import Grants, Policy
-from progressdb_kms.domain.quota import Quota
+from progressdb_kms.domain.quota import WHOLE, Quota
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from progressdb_kms.domain.identity import Identity
-    from progressdb_kms.domain.quota import Limit
+    from progressdb_kms.domain.quota import Limit, Part
 
 NOBODY: Final = Policy(())
 _QUOTAS_KEPT: Final = 4096
@@ -27,16 +27,24 @@ class PolicyBook:
     Attributes:
         policy: The rules in force; at first nobody may do anything.
         generation: Name of the rules in force, for heartbeats and metrics.
+
+    Args:
+        policy: At first.
+        generation: Its name.
+        clock: Gives seconds that never go back.
+        part: This process's part of the limits of identities.
     """
 
-    __slots__ = ("_clock", "_quotas", "generation", "policy")
+    __slots__ = ("_clock", "_part", "_quotas", "generation", "policy")
 
     def __init__(
         self,
         policy: Policy = NOBODY,
         generation: str = "none",
         clock: Callable[[], float] = time.monotonic,
+        part: Part = WHOLE,
     ) -> None:
+        self._part = part
         self.policy = policy
         self.generation = generation
         self._clock = clock
@@ -58,7 +66,7 @@ class PolicyBook:
             now = self._clock()
             if len(self._quotas) >= _QUOTAS_KEPT:
                 self._quotas = {key: kept for key, kept in self._quotas.items() if not kept.unused(now)}
-            quota = self._quotas[name] = Quota(limit, now)
+            quota = self._quotas[name] = Quota(limit, now, self._part)
         return quota
 
     def now(self) -> float:

@@ -22,7 +22,7 @@ async def ask(
     async def receive() -> dict[str, Any]:
         return {}
 
-    app = AdminApp(lambda: reasons or [], lambda: b"kms_up 1\n", "text/plain; version=0.0.4")
+    app = AdminApp(list, lambda: reasons or [], lambda: b"kms_up 1\n", "text/plain; version=0.0.4")
     await app({"type": "http", "method": method, "path": path}, receive, send)
     return sent[0]["status"], dict(sent[0]["headers"]), sent[1]["body"]
 
@@ -68,4 +68,20 @@ async def test_other_protocols_are_ignored() -> None:
     async def never(*_: Any) -> Any:
         raise AssertionError
 
-    await AdminApp(list, bytes, "")({"type": "lifespan"}, never, never)
+    await AdminApp(list, list, bytes, "")({"type": "lifespan"}, never, never)
+
+
+async def test_liveness_names_what_hangs() -> None:
+    """Of several workers one that hangs fails the probe, with a reason."""
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    async def receive() -> dict[str, Any]:
+        return {}
+
+    app = AdminApp(lambda: ["worker 1 hangs"], list, bytes, "")
+    await app({"type": "http", "method": "GET", "path": "/livez"}, receive, send)
+    assert sent[0]["status"] == 503
+    assert json.loads(sent[1]["body"]) == {"status": "hangs", "reasons": ["worker 1 hangs"]}

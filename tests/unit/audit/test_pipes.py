@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import os
+import select
 import threading
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from progressdb_kms.audit import pipes
-from progressdb_kms.audit.pipes import PatientStream
+from progressdb_kms.audit.pipes import PatientStream, whole_lines
 from tests.unit.audit.scene import Counts
 
 
@@ -59,3 +62,13 @@ def test_a_reader_that_is_gone_is_counted() -> None:
     stream.write("a\nb\n")
     stream.close()
     assert counts.told == {"failed stdout": 1, "lost stdout": 2}
+
+
+@given(st.lists(st.text("abc", max_size=3000), max_size=20))
+def test_pieces_are_whole_lines_that_a_pipe_takes_whole(lines: list[str]) -> None:
+    """Nothing is lost or cut, and a piece is over PIPE_BUF only where a line is."""
+    text = "".join(line + "\n" for line in lines)
+    pieces = list(whole_lines(text))
+    assert "".join(pieces) == text
+    assert all(piece.endswith("\n") for piece in pieces)
+    assert all(len(piece) <= select.PIPE_BUF or piece.count("\n") == 1 for piece in pieces)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from progressdb_kms.domain.errors import TooManyRequests
-from progressdb_kms.domain.quota import Limit, Quota
+from progressdb_kms.domain.quota import Limit, Part, Quota
 
 
 @given(
@@ -77,3 +77,54 @@ def test_unused_means_the_same_as_a_fresh_one() -> None:
     assert not quota.unused(9.0)
     quota.leave()
     assert quota.unused(9.0)
+
+
+@given(total=st.integers(0, 10_000), workers=st.integers(1, 64))
+def test_parts_are_the_whole(total: int, workers: int) -> None:
+    """All workers' parts together are exactly the total, and none differs from another by more than one."""
+    parts = [Part(number, workers).of(total) for number in range(workers)]
+    assert sum(parts) == total
+    assert max(parts) - min(parts) <= 1
+
+
+@given(
+    rate=st.integers(1, 1000),
+    burst=st.integers(1, 1000),
+    workers=st.integers(1, 8),
+    calls=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 7)), max_size=100),
+)
+def test_workers_let_in_no_more_than_one_process(
+    rate: int, burst: int, workers: int, calls: list[tuple[float, int]]
+) -> None:
+    """However requests are spread over workers: the burst and the rate, and of each worker its last one."""
+    quotas = [Quota(Limit(rate, burst, 0), 0.0, Part(number, workers)) for number in range(workers)]
+    now, let_in = 0.0, 0
+    for pause, which in calls:
+        now += pause
+        try:
+            quotas[which % workers].enter(now)
+        except TooManyRequests:
+            continue
+        let_in += 1
+        assert let_in <= burst + rate * now + workers + 1e-6
+
+
+@given(concurrent=st.integers(1, 100), workers=st.integers(1, 64))
+def test_requests_under_way_over_all_workers(concurrent: int, workers: int) -> None:
+    """As many as the limit says; where there are more workers than that, one each."""
+    let_in = 0
+    for number in range(workers):
+        quota = Quota(Limit(0, 0, concurrent), 0.0, Part(number, workers))
+        with pytest.raises(TooManyRequests):  # noqa: PT012 - until it is full
+            while True:
+                quota.enter(0.0)
+                let_in += 1
+    assert let_in == max(concurrent, workers)
+
+
+def test_a_refusal_names_the_limit_that_was_configured() -> None:
+    """Not a worker's part of it, which stands in no policy."""
+    quota = Quota(Limit(100, 2, 0), 0.0, Part(0, 2))
+    quota.enter(0.0)
+    with pytest.raises(TooManyRequests, match="100 operations a second"):
+        quota.enter(0.0)

@@ -4,6 +4,9 @@
 {{- $dir := "/etc/progressdb-kms" -}}
 {{- $files := include "progressdb-kms.storeFiles" . | fromYaml -}}
 listen: {host: 0.0.0.0, port: 8443}
+{{- if gt (int .Values.workers) 1 }}
+workers: {{ int .Values.workers }}
+{{- end }}
 admin: {host: 0.0.0.0, port: 9090}
 tls:
   cert: {{ $dir }}/tls/tls.crt

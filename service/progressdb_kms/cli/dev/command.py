@@ -101,7 +101,8 @@ class _Dev:
         if listen.unix is not None:
             listen = replace(listen, unix=replace(listen.unix, path=self._layout.socket))
         store = replace(settings.store, url=self._layout.store_url)
-        return replace(settings, listen=listen, admin=admin, store=store)
+        # The store is this process's child: here one process does all.
+        return replace(settings, workers=1, listen=listen, admin=admin, store=store)
 
     def _ready(self, addresses: bootstrap.Addresses) -> None:
         self._addresses = addresses
