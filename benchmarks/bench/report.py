@@ -8,6 +8,8 @@ from .cases import Figures, Key
 
 AT = 16
 """Connections of the ratios that stand for a whole operation."""
+CREATE_AT = 64
+"""Connections of creates."""
 BATCH_AT = 1000
 """Items of those of batches."""
 TITLES = {
@@ -33,7 +35,7 @@ def headline(figures: Figures) -> dict[str, float]:
     for operation in ("encrypt", "decrypt"):
         ours, theirs = (Key("single", operation, who, AT) for who in ("service", "reference"))
         found[f"{operation}_vs_go"] = figures.ratio("cpu_us", theirs, ours)
-    service, store = (Key("single", "create", who, AT) for who in ("service", "store"))
+    service, store = (Key("single", "create", who, CREATE_AT) for who in ("service", "store"))
     found["create_vs_store"] = figures.ratio("per_second", service, store)
     of_batches = [
         figures.ratio(
