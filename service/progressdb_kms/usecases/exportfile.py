@@ -19,7 +19,7 @@ from progressdb_kms.domain.envelope import MAX_KEK_VERSION
 from progressdb_kms.domain.errors import BackupInvalid, InvalidThreadId, KeyNotFound
 from progressdb_kms.domain.export import ExportReader, ExportWriter, Frame
 from progressdb_kms.domain.keyring import KekInfo
-from progressdb_kms.domain.keys import DekRecord, KeyState, check_thread_id, locate, slot_tag
+from progressdb_kms.domain.keys import DekRecord, KeyState, check_thread_id, may_belong
 
 BATCH: Final = 500
 """Records in one frame."""
@@ -240,7 +240,7 @@ class _Order:
 def _record(found: _Record) -> DekRecord:
     try:
         check_thread_id(found.thread_id)
-        if locate(found.key_id) != slot_tag(found.thread_id):
+        if not may_belong(found.key_id, found.thread_id):
             raise BackupInvalid("the export is damaged: a key does not belong to its thread")
     except (InvalidThreadId, KeyNotFound):
         raise BackupInvalid("the export is damaged: a record's ids are not valid") from None
