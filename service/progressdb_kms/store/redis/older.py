@@ -43,9 +43,7 @@ async def create_older(router: Router, deks: Sequence[NewDek]) -> list[Reply | F
     return replies
 
 
-async def index_older(
-    router: Router, keys: Sequence[tuple[str, str, int | None]]
-) -> list[Reply | Failure]:
+async def index_older(router: Router, keys: Sequence[tuple[str, str, int | None]]) -> list[Reply | Failure]:
     """Put keys into their threads' indexes, and return the version of each, in order.
 
     A key whose record is another thread's is left out, and gets version 0: what is written next for it finds
@@ -109,7 +107,9 @@ async def _supersede(
         async with asyncio.timeout(2 * settings.command_timeout):
             while key_ids:
                 tags = [locate(key_id) for key_id in key_ids]
-                times = [checked(reply) for reply in await router.read([Call(tag, ("TIME",)) for tag in tags])]
+                times = [
+                    checked(reply) for reply in await router.read([Call(tag, ("TIME",)) for tag in tags])
+                ]
                 await notices.put(*key_ids)
                 calls = [
                     script_call(
@@ -124,9 +124,7 @@ async def _supersede(
                     for tag, key_id, (seconds, microseconds) in zip(tags, key_ids, times, strict=True)
                 ]
                 replies = [checked(reply) for reply in await router.write(calls)]
-                key_ids = [
-                    key_id for key_id, reply in zip(key_ids, replies, strict=True) if reply == b"late"
-                ]
+                key_ids = [key_id for key_id, reply in zip(key_ids, replies, strict=True) if reply == b"late"]
     except TimeoutError:
         raise StoreUnavailable("the store did not rotate the thread's key in time") from None
 
