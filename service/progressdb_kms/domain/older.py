@@ -35,7 +35,7 @@ _MEMBERS: Final = frozenset({"key_id", "dek", "dekmeta", "thread_id"})
 _LATEST: Final = 253_402_300_799
 """The last second of the year 9999."""
 _UNITS: Final = ((10**17, 10**9), (10**14, 10**6), (10**11, 10**3), (0, 1))
-"""From which size on a time is in nanoseconds, microseconds, milliseconds, seconds; how many make a second."""
+"""From which size on a time is in nano-, micro-, milliseconds or seconds, and how many make a second."""
 
 
 @dataclass(frozen=True, slots=True)

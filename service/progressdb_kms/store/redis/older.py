@@ -34,11 +34,13 @@ _AT_ONCE: Final = 256
 
 async def create_older(router: Router, deks: Sequence[NewDek]) -> list[Reply | Failure]:
     """Store DEKs under older ids, unless they are taken; return replies of ``create_older.lua``, in order."""
-    placed = await index_older(router, [(dek.key_id, dek.thread_id, None) for dek in deks])
-    replies: list[Reply | Failure] = list(placed)
-    found = [number for number, version in enumerate(placed) if not isinstance(version, Failure)]
-    calls = [_create_call(deks[number], placed[number]) for number in found]
-    for number, reply in zip(found, await router.write(calls), strict=True):
+    replies = await index_older(router, [(dek.key_id, dek.thread_id, None) for dek in deks])
+    calls = {
+        number: _create_call(dek, version)
+        for number, (dek, version) in enumerate(zip(deks, replies, strict=True))
+        if not isinstance(version, Failure)
+    }
+    for number, reply in zip(calls, await router.write(list(calls.values())), strict=True):
         replies[number] = reply
     return replies
 
@@ -107,9 +109,8 @@ async def _supersede(
         async with asyncio.timeout(2 * settings.command_timeout):
             while key_ids:
                 tags = [locate(key_id) for key_id in key_ids]
-                times = [
-                    checked(reply) for reply in await router.read([Call(tag, ("TIME",)) for tag in tags])
-                ]
+                asked = await router.read([Call(tag, ("TIME",)) for tag in tags])
+                times = [checked(reply) for reply in asked]
                 await notices.put(*key_ids)
                 calls = [
                     script_call(
