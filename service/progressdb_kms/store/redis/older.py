@@ -90,10 +90,10 @@ async def supersede_older(
     """
     tag, first = slot_tag(record.thread_id), 0
     while True:
-        page = ("BYSCORE", "LIMIT", first, _LOOKED_AT)
-        names = (thread_key(tag, record.thread_id), "-inf", f"({record.version}")
-        key_ids = [key_id.decode() for key_id in await router.read_one(Call(tag, ("ZRANGE", *names, *page)))]
-        older = [key_id for key_id in key_ids if is_older(key_id)]
+        index, before = thread_key(tag, record.thread_id), f"({record.version}"
+        page = ("ZRANGE", index, "-inf", before, "BYSCORE", "LIMIT", first, _LOOKED_AT)
+        key_ids = await router.read_one(Call(tag, page))
+        older = [key_id for each in key_ids if is_older(key_id := each.decode())]
         for at in range(0, len(older), _AT_ONCE):
             await _supersede(router, settings, notices, record, older[at : at + _AT_ONCE])
         if len(key_ids) < _LOOKED_AT:
