@@ -47,6 +47,9 @@ def test_a_thread_that_nobody_tells_is_empty() -> None:
     assert parsed(RAW, thread_id="", dekmeta=b64(b'{"thread_id": "room:9"}')).thread_id == "room:9"
 
 
+BAD_TIMES: tuple[object, ...] = ("yesterday", "", -1, 0, True, None, [], 1e9, 10**40)
+
+
 @pytest.mark.parametrize(
     "told, seconds",
     [
@@ -57,7 +60,7 @@ def test_a_thread_that_nobody_tells_is_empty() -> None:
         (1_600_000_000_123, 1_600_000_000),
         (1_600_000_000_123_456, 1_600_000_000),
         (1_600_000_000_123_456_789, 1_600_000_000),
-        *((bad, FIRST_SECOND) for bad in ("yesterday", "", -1, 0, True, None, [], 1e9, 10**40)),
+        *((bad, FIRST_SECOND) for bad in BAD_TIMES),
     ],
 )
 def test_when_a_key_was_made(told: object, seconds: int) -> None:
