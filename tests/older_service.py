@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 FIRST = 1_712_345_678_901_234_567
 """The clock, in nanoseconds, when it made its first key."""
 FIRST_SECOND = FIRST // 10**9
+FIRST_TIME = "2024-04-05T19:34:38Z"
 
 
 def seal(key: bytes, plaintext: bytes) -> bytes:

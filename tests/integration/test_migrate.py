@@ -18,7 +18,7 @@ import pytest
 from progressdb_kms.cli.operator import INCOMPLETE
 from progressdb_kms.domain.errors import AuthenticationFailed, KeyDecryptOnly, KeyNotFound
 from tests.integration.drill import Machine
-from tests.older_service import FIRST_SECOND, OlderService
+from tests.older_service import FIRST_TIME, OlderService
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_old_messages_decrypt_by_the_same_key_id(export: Export) -> None:
         sealed = kms.encrypt_with_dek(one, b"new", b"aad")
         assert (sealed.key_version, kms.decrypt_with_dek(one, sealed.ciphertext, b"aad")) == ("1", b"new")
         (info,) = admin.list_keys(thread_id="room:1")
-        assert (info.key_id, info.created_by, info.created_at) == (one, "migration", FIRST_SECOND)
+        assert (info.key_id, info.created_by, info.created_at) == (one, "migration", FIRST_TIME)
         later = admin.rotate_dek("room:1")
         assert later.key_version == "2"
         with pytest.raises(KeyDecryptOnly):
