@@ -52,14 +52,16 @@ class KeyStore(Protocol):
         """Store new DEKs; one result each, in order.
 
         A record whose id exists already is returned as it is stored, unchanged (a replay), and only when
-        it is durable. Per item: StaleKek where ``kek_version`` is below the slot's floor,
+        it is durable. A key under an id of the older service is put into its thread's index in a step of its
+        own, before its record is there. Per item: StaleKek where ``kek_version`` is below the slot's floor,
         StoreUnavailable where this item's fate is unknown.
         """
 
     async def rotate(self, dek: NewDek) -> DekRecord:
         """Store a thread's new DEK, and let those that are enabled only decrypt from now on, in one step.
 
-        A disabled key of the thread can't be enabled to more than decrypt any more. Notices of the keys that
+        Keys under ids of the older service are superseded in a step of their own, after the new one is there;
+        a replay does that again. A disabled key of the thread can't be enabled to more than decrypt any more. Notices of the keys that
         change go first, as in ``change_state``. A record whose id exists is returned as it is, and nothing is
         changed (a replay).
 
