@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from progressdb_kms.domain.envelope import open_sealed, parse_blob, wrap_aad
 from progressdb_kms.domain.errors import BackupInvalid, KmsError, RotationRunning, StoreUnavailable
-from progressdb_kms.domain.keys import DekRecord, KeyState, StateChange
+from progressdb_kms.domain.keys import DekRecord, KeyState, StateChange, locate, slot_tag
 from progressdb_kms.domain.older import MasterKey
 from progressdb_kms.ports import Imported
 from progressdb_kms.usecases import moving
@@ -103,12 +103,23 @@ async def test_old_ciphertexts_decrypt_by_the_same_id(moving_in: Moving, scene: 
     ]
 
 
-async def test_again_changes_nothing(moving_in: Moving, scene: Scene) -> None:
+def marks(harness: Harness, key_ids: list[str]) -> list[int]:
+    """Return how often the slot of each was written to by calls that change nothing."""
+    if not isinstance(harness, RedisHarness):
+        return []
+    ask = harness.server.ask
+    return [int(ask("HGET", f"kms:{{{locate(key_id)}}}:ctl", "touched") or 0) for key_id in key_ids]
+
+
+async def test_again_changes_nothing(moving_in: Moving, scene: Scene, harness: Harness) -> None:
     """The second time finds all there, the same blobs; what is new in the file comes."""
     keys = [moving_in.create(f"room:{n}") for n in range(3)]
     await moving_in.move()
     before = await scene.store.keys.get(keys)
+    touched = marks(harness, keys)
     assert await moving_in.move() == Moved(read=3, present=3, complete=True)
+    # Each was written to, so that what is told as present has been waited for as what is moved.
+    assert all(after > before for before, after in zip(touched, marks(harness, keys), strict=True))
     moving_in.create("room:9")
     assert await moving_in.move() == Moved(read=4, moved=1, present=3, complete=True)
     assert await scene.store.keys.get(keys) == before
@@ -331,7 +342,9 @@ async def test_exports_carry_moved_keys(moving_in: Moving, scene: Scene, harness
     assert later.version == 4
 
 
-async def test_an_import_does_not_list_another_threads_key(moving_in: Moving, scene: Scene) -> None:
+async def test_an_import_does_not_list_another_threads_key(
+    moving_in: Moving, scene: Scene, harness: Harness
+) -> None:
     """A record that the store has under another thread is left out, of the thread's index too."""
     key_id = moving_in.create("a")
     await moving_in.move()
@@ -340,6 +353,8 @@ async def test_an_import_does_not_list_another_threads_key(moving_in: Moving, sc
     assert await scene.store.backups.import_records([other]) == [Imported.COLLISION]
     page = await scene.store.keys.list_keys(thread_id="b", state=None, limit=9, cursor=None)
     assert page.records == ()
+    if isinstance(harness, RedisHarness):
+        assert harness.server.ask("ZCARD", f"kms:{{{slot_tag('b')}}}:thread:b") == 0
 
 
 async def test_a_moved_key_is_destroyed_for_good(moving_in: Moving, scene: Scene) -> None:

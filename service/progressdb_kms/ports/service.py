@@ -60,10 +60,10 @@ class KeyStore(Protocol):
     async def rotate(self, dek: NewDek) -> DekRecord:
         """Store a thread's new DEK, and let those that are enabled only decrypt from now on, in one step.
 
-        Keys under ids of the older service are superseded in a step of their own, after the new one is there;
-        a replay does that again. A disabled key of the thread can't be enabled to more than decrypt any more. Notices of the keys that
+        A disabled key of the thread can't be enabled to more than decrypt any more. Notices of the keys that
         change go first, as in ``change_state``. A record whose id exists is returned as it is, and nothing is
-        changed (a replay).
+        changed (a replay). Only keys under ids of the older service that came before the new one are
+        superseded in a further step, which a replay repeats.
 
         Raises:
             StaleKek: ``kek_version`` is below the slot's floor.
