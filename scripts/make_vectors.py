@@ -19,7 +19,7 @@ from progressdb_kms.domain.backup import ExportKind
 from progressdb_kms.domain.envelope import NONCE_BYTES, pack_blob, seal, wrap, wrap_aad
 from progressdb_kms.domain.export import FORMAT, SEAL_LABEL
 from progressdb_kms.domain.keyring import KekInfo, KekState, Keyring, check_value, kek_id_of
-from progressdb_kms.domain.keys import UNIQUE_BYTES, DekRecord, KeyState, derive_key_id, new_key_id
+from progressdb_kms.domain.keys import UNIQUE_BYTES, DekRecord, KeyState, derive_key_id, locate, new_key_id
 from progressdb_kms.usecases.exportfile import ExportBuilder, Header, Registry
 
 MANIFEST: Final = "MANIFEST.sha256"
@@ -181,6 +181,19 @@ def key_ids() -> dict[str, Any]:
     }
 
 
+def older_key_ids() -> dict[str, Any]:
+    """Return ids of the older service, which was not known to the first release of these vectors."""
+    good = ("k_7", "k_0", "k_007", "k_1712345678901234567", "k_" + "9" * 20)
+    located = [{"key_id": key_id, "expect": {"tag": locate(key_id)}} for key_id in good]
+    for bad in ("k_" + "1" * 21, "k_" + "1" * 28, "k_-7", "k_7 ", "k_7\n", "K_7", "k_\u0667", "k_1e3"):
+        located.append({"key_id": bad, "expect": {"error": "KeyNotFound"}})  # noqa: PERF401 - two parts, one list
+    return {
+        "about": "Key ids of the older service: the slot of each is that of a thread of the id's own name."
+        " What an earlier file of key ids has as unknown may be known here; nothing else may differ.",
+        "located": located,
+    }
+
+
 def check_values() -> dict[str, Any]:
     """Return check values of KEKs and the names made from them."""
     cases = []
@@ -252,6 +265,7 @@ def main(folder: Path) -> int:
         "wrapped-keys-format-1.json": wrapped_keys(),
         "messages-format-1.json": messages(),
         "key-ids-1.json": key_ids(),
+        "key-ids-2.json": older_key_ids(),
         "check-values-1.json": check_values(),
         f"export-format-{FORMAT}.json": exports(),
     }

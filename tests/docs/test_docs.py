@@ -72,6 +72,7 @@ def test_configuration_of_the_readme_is_valid():
         "README.md",
         "docs/audit.md",
         "docs/configuration.md",
+        "docs/moving-in.md",
         "docs/operations.md",
         "docs/provisioning.md",
         "docs/rotation.md",

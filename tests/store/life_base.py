@@ -26,6 +26,7 @@ from progressdb_kms.domain.keys import DekRecord, locate
 from progressdb_kms.domain.rotation import Rotation, Step
 from progressdb_kms.ports import RegistryView
 from progressdb_kms.store.memory import MemoryStore
+from tests.older_service import OlderService
 from tests.store.backup_scene import Bytes
 from tests.store.conftest import Harness
 from tests.store.life_actors import Actor, Gate, KilledError
@@ -74,6 +75,7 @@ class LifeBase(RuleBasedStateMachine):
         imported: Blobs that imports brought.
         rotated: Whether there ever was a rotation.
         losses: How often the store was lost.
+        older: The service that keys move in from.
         mending: Whether something that mends damaged keys has run since the last look.
     """
 
@@ -95,6 +97,7 @@ class LifeBase(RuleBasedStateMachine):
         self.floors: dict[str, int] = {}
         self.imported: set[bytes] = set()
         self.losses = 0
+        self.older = OlderService()
         self.rotated = False
         self.mending = self.sweeping = self.lowering = self.sound = False
         self.house = self.run(self._founded())

@@ -14,6 +14,7 @@ from progressdb_kms.domain.backup import Destruction
 from progressdb_kms.domain.envelope import open_sealed, parse_blob, wrap_aad
 from progressdb_kms.domain.identity import Identity, IdentityKind
 from progressdb_kms.domain.keys import ALL_TAGS, DekRecord
+from progressdb_kms.domain.older import MasterKey
 from progressdb_kms.domain.policy import parse_policy
 from progressdb_kms.domain.rotation import Rotation
 from progressdb_kms.kek.file import FileKekSource
@@ -29,6 +30,7 @@ from progressdb_kms.usecases.importing import ImportReport, import_export
 from progressdb_kms.usecases.keks import KekBook
 from progressdb_kms.usecases.keycache import DekCache
 from progressdb_kms.usecases.loading import Loader
+from progressdb_kms.usecases.moving import Moved, Mover
 from progressdb_kms.usecases.restore import Restored, Restorer
 from progressdb_kms.usecases.rotation import Conduct, Parts, Rotator
 from progressdb_kms.usecases.session import PolicyBook, Session
@@ -228,6 +230,12 @@ class House:
         file = await self.export(gate)
         await retire.retire(self.vault(gate), version, file.chunks)
         return file
+
+    async def move_in(self, gate: Gate, master: bytes, lines: Sequence[bytes]) -> Moved:
+        """Move keys of the older service in."""
+        book = self.book(gate)
+        await book.start(self.now(), may_lack=True)
+        return await Mover(self.vault(gate), book, MasterKey(master), lambda _: None).run(lines, "lines")
 
     async def take_in(
         self, gate: Gate, file: Bytes, store: MemoryStore | RedisStore, *, merge: bool

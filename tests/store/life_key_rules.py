@@ -12,6 +12,7 @@ from progressdb_kms.domain.errors import (
     KekUnavailable,
     KeyDestroyed,
     KmsError,
+    RotationRunning,
     StaleKek,
     StoreUnavailable,
     WrappedKeyInvalid,
@@ -37,6 +38,15 @@ THREADS = [
     *[name for name in (f"room:{n}" for n in range(20_000)) if slot_tag(name) == TAGS[0]][:2],
     *[name for name in (f"room:{n}" for n in range(20_000)) if slot_tag(name) == TAGS[1]][:1],
 ]
+OLDER = [
+    key_id
+    for pair in zip(
+        *[[name for name in (f"k_{n}" for n in range(60_000)) if slot_tag(name) == tag] for tag in TAGS],
+        strict=False,
+    )
+    for key_id in pair
+]
+"""Ids of the older service, in the two slots by turns."""
 numbers = st.integers(0, 1000)
 which = st.integers(0, 1)
 
@@ -71,6 +81,29 @@ class KeyRules(LifeBase):
         if isinstance(made, DekRecord):
             self.model.supersede(thread, made.created_at)
         self.take_in(made, instance)
+
+    @rule(thread=st.sampled_from(THREADS), number=st.integers(0, 3))
+    def move_in(self, thread: str, number: int) -> None:
+        """A key of the older service moves in, or is there already; another run may be holding the lock."""
+        if self.turning_back():
+            return
+        # Other ids after a loss: an export of the older service would bring back even what was destroyed.
+        key_id = OLDER[4 * self.losses + number]
+        if key_id not in self.older.threads:
+            self.older.create(thread, key_id=key_id, meta=False)
+        lines = [self.older.line(key_id), b'{"keys": 1}']
+        moved = self.tried(self.house.move_in(self.gate(), self.older.master, lines))
+        if isinstance(moved, KmsError):
+            assert isinstance(moved, RotationRunning)
+            return
+        assert (moved.read, moved.complete) == (1, True)
+        assert moved.moved == (key_id not in self.model.records)
+        assert not moved.refused or key_id in self.damaged
+        if moved.moved:
+            (made,) = self.run(self.store.keys.get([key_id]))
+            names = (key_id, self.older.threads[key_id], made.wrapped, made.kek_id, made.kek_version)
+            assert made == self.model.made(NewDek(*names, self.now, "migration"))
+            self.said[key_id] = (b"moved", self.older.encrypt(key_id, b"moved"))
 
     def take_in(self, made: DekRecord | KmsError, instance: int) -> None:
         """Take a new key into the model and encrypt under it; none is made only while a rollback is on."""

@@ -13,7 +13,8 @@ import pytest
 
 from progressdb_kms.audit.reading import verify_store
 from progressdb_kms.domain.errors import StoreUnavailable
-from progressdb_kms.domain.keys import DekRecord, StateChange, locate, slot_tag
+from progressdb_kms.domain.keys import DekRecord, KeyState, StateChange, locate, slot_tag
+from progressdb_kms.ports import Imported
 from progressdb_kms.store.redis.topology import SLOTS
 from tests.store.auditing import KEY, log_on, told
 from tests.store.conftest import new_dek, new_kek
@@ -116,6 +117,22 @@ async def test_everything_over_three_nodes(group: Group, opened: Callable[..., A
     await log.record([told(1, "intent"), told(1, "ok")])
     await log.close()
     assert (await verify_store(store.audit, [KEY.verify])).problems == []
+
+
+async def test_keys_of_the_older_service(group: Group, opened: Callable[..., Any]) -> None:
+    """They live on other nodes than their threads, and are found, listed, superseded and imported anyway."""
+    store = await opened(group.url, min_replicas=1)
+    deks = [new_dek(f"older:{n % 20}", key_id=f"k_{10**18 + n}") for n in range(60)]
+    records = await store.keys.create(deks)
+    assert await store.keys.create(deks) == records
+    assert await missing(store, records) == 0
+    assert await store.backups.import_records(records) == [Imported.PRESENT] * 60
+    for n in range(20):
+        made = await store.keys.rotate(new_dek(f"older:{n}"))
+        page = await store.keys.list_keys(thread_id=f"older:{n}", state=None, limit=9, cursor=None)
+        assert [record.key_id for record in page.records] == [*(d.key_id for d in deks[n::20]), made.key_id]
+        states = [record.state for record in page.records]
+        assert states == [KeyState.DECRYPT_ONLY] * 3 + [KeyState.ENABLED]
 
 
 async def test_slot_on_the_move(group: Group, opened: Callable[..., Any]) -> None:

@@ -28,6 +28,7 @@ _COMMANDS: Final = {
     "encrypt": "messages:encrypt",
     "kek": "kek:kek",
     "keys": "keys:keys",
+    "migrate": "migrate:migrate",
     "openapi": "serve:openapi",
     "pki": "pki_commands:pki",
     "provision": "provision:provision",

@@ -88,4 +88,4 @@ def chunks_of(path: Path) -> Iterable[bytes]:
 
 
 def _taken(path: Path) -> BackupInvalid:
-    return BackupInvalid(f"{path} exists already and is never overwritten; choose another --out")
+    return BackupInvalid(f"{path} exists already and is never overwritten; choose another name")

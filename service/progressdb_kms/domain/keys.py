@@ -33,6 +33,8 @@ IDEMPOTENCY_KEY_MAX_CHARS: Final = 255
 
 _BASE32: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"
 _KEY_ID: Final = re.compile(rf"k_[A-Z2-7]{{{TAG_CHARS + UNIQUE_CHARS}}}")
+# At most 22 characters, where an id of ours has 30: no string is of both forms.
+_OLDER_ID: Final = re.compile(r"k_[0-9]{1,20}")
 _IDEMPOTENCY_KEY: Final = re.compile(rf"[!-~]{{1,{IDEMPOTENCY_KEY_MAX_CHARS}}}")
 _ID_LABEL: Final = b"progressdb-kms/key-id/v1"
 
@@ -207,14 +209,36 @@ def derive_key_id(identity: str, idempotency_key: str, thread_id: str) -> str:
 
 
 def locate(key_id: str) -> str:
-    """Return the slot tag that ``key_id`` names: the one place that knows how an id finds its slot.
+    """Return the slot tag of ``key_id``: the one place that knows how an id finds its slot.
+
+    An id of this service names its thread's slot. One of the older service names none, so that it lives where
+    a thread of its own name would.
 
     Raises:
-        KeyNotFound: The id is of no form that this service ever made, so no key can have it.
+        KeyNotFound: The id is of no form that either service ever made, so no key can have it.
     """
-    if not _KEY_ID.fullmatch(key_id):
-        raise KeyNotFound
-    return key_id[len(KEY_ID_PREFIX) : len(KEY_ID_PREFIX) + TAG_CHARS]
+    if _KEY_ID.fullmatch(key_id):
+        return key_id[len(KEY_ID_PREFIX) : len(KEY_ID_PREFIX) + TAG_CHARS]
+    if is_older(key_id):
+        return slot_tag(key_id)
+    raise KeyNotFound
+
+
+def is_older(key_id: str) -> bool:
+    """Say whether an id is of the older service's form, ``k_<number>`` of 1 to 20 digits.
+
+    Such a key does not live in its thread's slot, but by chance.
+    """
+    return _OLDER_ID.fullmatch(key_id) is not None
+
+
+def may_belong(key_id: str, thread_id: str) -> bool:
+    """Say whether a key of this id can be the thread's: an id of ours tells, an older one fits any thread.
+
+    Raises:
+        KeyNotFound: As ``locate``.
+    """
+    return is_older(key_id) or locate(key_id) == slot_tag(thread_id)
 
 
 def _unique(raw: bytes) -> str:

@@ -52,7 +52,8 @@ class KeyStore(Protocol):
         """Store new DEKs; one result each, in order.
 
         A record whose id exists already is returned as it is stored, unchanged (a replay), and only when
-        it is durable. Per item: StaleKek where ``kek_version`` is below the slot's floor,
+        it is durable. A key under an id of the older service is put into its thread's index in a step of its
+        own, before its record is there. Per item: StaleKek where ``kek_version`` is below the slot's floor,
         StoreUnavailable where this item's fate is unknown.
         """
 
@@ -61,7 +62,8 @@ class KeyStore(Protocol):
 
         A disabled key of the thread can't be enabled to more than decrypt any more. Notices of the keys that
         change go first, as in ``change_state``. A record whose id exists is returned as it is, and nothing is
-        changed (a replay).
+        changed (a replay). Only keys under ids of the older service that came before the new one are
+        superseded in a further step, which a replay repeats.
 
         Raises:
             StaleKek: ``kek_version`` is below the slot's floor.

@@ -27,7 +27,8 @@ def bucket_count(records: int) -> int:
 def bucket_of(key_id: str, buckets: int) -> int:
     """Return the bucket of a key: the last characters of its id as a number in base 36, modulo the buckets.
 
-    An id's last characters are random, and Lua reads such a number by one call as well.
+    An id's last characters are random, those of an older id the last digits of a clock; and Lua reads such a
+    number by one call as well.
     """
     tail = key_id[-_DIGITS:]
     return (int(tail, 36) if tail.isascii() and tail.isalnum() else 0) % buckets

@@ -21,7 +21,7 @@ import msgspec
 
 from progressdb_kms.domain.errors import BackupInvalid, InvalidThreadId, KeyNotFound
 from progressdb_kms.domain.export import MAX_FRAME_BYTES
-from progressdb_kms.domain.keys import DekRecord, KeyState, check_thread_id, locate, slot_tag
+from progressdb_kms.domain.keys import DekRecord, KeyState, check_thread_id, may_belong
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -162,7 +162,7 @@ def _inflate(data: bytes) -> bytes:
 def _check(record: DekRecord) -> None:
     try:
         check_thread_id(record.thread_id)
-        if locate(record.key_id) != slot_tag(record.thread_id):
+        if not may_belong(record.key_id, record.thread_id):
             raise BackupInvalid("the export is damaged: a key does not belong to its thread")
     except (InvalidThreadId, KeyNotFound):
         raise BackupInvalid("the export is damaged: a record's ids are not valid") from None

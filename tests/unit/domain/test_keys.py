@@ -24,7 +24,9 @@ from progressdb_kms.domain.keys import (
     check_idempotency_key,
     check_thread_id,
     derive_key_id,
+    is_older,
     locate,
+    may_belong,
     new_key_id,
     refusal,
     slot_tag,
@@ -33,6 +35,7 @@ from progressdb_kms.domain.keys import (
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 randoms = st.binary(min_size=UNIQUE_BYTES, max_size=UNIQUE_BYTES)
 WELL_FORMED = re.compile(r"k_[A-Z2-7]{28}")
+OLDER = re.compile(r"k_[0123456789]{1,20}")
 
 
 @given(texts, randoms)
@@ -88,18 +91,42 @@ def test_a_derived_id_is_well_formed_and_steady(identity: str, key: str, thread_
 
 @given(
     st.one_of(
-        st.text(max_size=40), st.from_regex(r"\Ak_[A-Z2-7]{27,29}\Z"), st.from_regex(r"\Ak_[a-z0-9]{28}\Z")
+        st.text(max_size=40),
+        st.from_regex(r"\Ak_[A-Z2-7]{27,29}\Z"),
+        st.from_regex(r"\Ak_[a-z0-9]{28}\Z"),
+        st.from_regex(r"\Ak_\d{1,28}\Z"),
+        st.integers(0, 10**20 - 1).map("k_{}".format),
     )
 )
 @example("k_" + "A" * 28 + "\n")
 @example("k_" + "A" * 27 + "\uff21")
+@example("k_" + "2" * 28)
+@example("k_" + "2" * 20)
+@example("k_" + "2" * 21)
+@example("k_7\n")
+@example("k_\u0667")
 def test_locate_takes_well_formed_ids_only(key_id: str) -> None:
-    """What was never made is not found, whatever it looks like."""
+    """What neither service ever made is not found, whatever it looks like; no id is of both forms."""
+    assert is_older(key_id) == bool(OLDER.fullmatch(key_id))
     if WELL_FORMED.fullmatch(key_id):
+        assert not is_older(key_id)
         assert locate(key_id) == key_id[2:4]
+    elif OLDER.fullmatch(key_id):
+        assert locate(key_id) == slot_tag(key_id)
     else:
         with pytest.raises(errors.KeyNotFound):
             locate(key_id)
+
+
+@given(texts, texts, randoms)
+def test_which_keys_a_thread_can_have(thread_id: str, other: str, random: bytes) -> None:
+    """Ids of ours tell their thread's slot, so that a wrong one is found out; older ids fit any thread."""
+    key_id = new_key_id(thread_id, random)
+    assert may_belong(key_id, thread_id)
+    assert may_belong(key_id, other) == (slot_tag(other) == slot_tag(thread_id))
+    assert may_belong("k_1712345678901234567", other)
+    with pytest.raises(errors.KeyNotFound):
+        may_belong("k_" + "1" * 21, thread_id)
 
 
 def test_tags_are_the_1024_pairs() -> None:

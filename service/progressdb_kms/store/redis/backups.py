@@ -9,11 +9,12 @@ from typing import Final
 from progressdb_kms.domain.backup import ExportNote
 from progressdb_kms.domain.errors import KeyNotFound, StoreUnavailable
 from progressdb_kms.domain.keyring import KekState
-from progressdb_kms.domain.keys import ALL_TAGS, DekRecord, KeyState, locate
+from progressdb_kms.domain.keys import ALL_TAGS, DekRecord, KeyState, is_older, locate
 from progressdb_kms.ports import Damaged, Extras, Imported, Manifest, RegistryView
 from progressdb_kms.store.redis import scripts
 from progressdb_kms.store.redis.link import Argument, Reply
 from progressdb_kms.store.redis.listing import any_record, scan_step
+from progressdb_kms.store.redis.older import index_older
 from progressdb_kms.store.redis.router import Call, Router, checked, script_call
 from progressdb_kms.store.redis.schema import (
     CONTROL,
@@ -116,6 +117,10 @@ class RedisBackups:
 
     async def import_records(self, records: Sequence[DekRecord]) -> list[Imported]:
         """Add records with their indexes where they are missing; never replace one."""
+        older = [(each.key_id, each.thread_id, each.version) for each in records if is_older(each.key_id)]
+        if older:
+            for reply in await index_older(self._router, older):
+                checked(reply)
         replies = await self._router.write([_import_call(record) for record in records])
         return [Imported(checked(reply).decode()) for reply in replies]
 
@@ -229,7 +234,7 @@ def _import_call(record: DekRecord) -> Call:
         ),
         record.key_id,
         record.thread_id,
-        record.version,
+        "" if is_older(record.key_id) else record.version,
         str(record.state),
         "" if record.destroy_at is None else record.destroy_at,
         *pairs,

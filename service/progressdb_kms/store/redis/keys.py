@@ -21,6 +21,7 @@ from progressdb_kms.domain.keys import (
     KeyState,
     NewDek,
     StateChange,
+    is_older,
     locate,
     slot_tag,
 )
@@ -30,6 +31,7 @@ from progressdb_kms.store.redis.failures import Failure
 from progressdb_kms.store.redis.link import Reply
 from progressdb_kms.store.redis.listing import list_all, list_thread
 from progressdb_kms.store.redis.notices import NOTICE_MAX_AGE_MS, Notices
+from progressdb_kms.store.redis.older import create_older, supersede_older
 from progressdb_kms.store.redis.router import Call, Router, checked, script_call
 from progressdb_kms.store.redis.schema import (
     CONTROL,
@@ -59,7 +61,13 @@ class RedisKeys:
 
     async def create(self, deks: Sequence[NewDek]) -> list[DekRecord | KmsError]:
         """Store new DEKs; see ``KeyStore.create``. No error is raised: each item has its own."""
-        replies = await self._router.write([_create_call(dek) for dek in deks])
+        older = [dek for dek in deks if is_older(dek.key_id)]
+        ours = [dek for dek in deks if not is_older(dek.key_id)] if older else deks
+        replies = await self._router.write([_create_call(dek) for dek in ours])
+        if older:
+            moved = await create_older(self._router, older)
+            sources = iter(replies), iter(moved)
+            replies = [next(sources[is_older(dek.key_id)]) for dek in deks]
         return [_created(dek, reply) for dek, reply in zip(deks, replies, strict=True)]
 
     async def rotate(self, dek: NewDek) -> DekRecord:
@@ -67,6 +75,7 @@ class RedisKeys:
         result = _created(dek, await self._rotation.rotate(dek))
         if isinstance(result, KmsError):
             raise result
+        await supersede_older(self._router, self._settings, self._notices, result)
         return result
 
     async def get(self, key_ids: Sequence[str]) -> list[DekRecord | None]:

@@ -46,6 +46,8 @@ async def list_thread(
             )
         )
         found = await _records(router, [key_id.decode() for key_id in key_ids])
+        # An older key's entry is written ahead of its record, which can then turn out to be another thread's.
+        found = [record for record in found if record.thread_id == thread_id]
         records += [record for record in found if state in (None, record.state)]
         if len(key_ids) < wanted:
             return KeyPage(tuple(records), None)

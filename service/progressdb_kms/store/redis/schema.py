@@ -34,6 +34,7 @@
     kms:{ctl}:audit:roster          string  all chains: a signed document
 
 ``{tag}`` is a hash tag of Redis Cluster: keys that share it share a slot, and one script may change them.
+A key under an id of the older service lies in a slot of its own and in its thread's index (``redis.older``).
 The record's blob is kept raw: a hash stays compact only while each value is at most 64 bytes.
 """
 

@@ -22,6 +22,9 @@ def _load(name: str) -> Script:
 
 
 CREATE: Final = _load("create")
+CREATE_OLDER: Final = _load("create_older")
+INDEX_OLDER: Final = _load("index_older")
+SUPERSEDE_OLDER: Final = _load("supersede_older")
 CHANGE_STATE: Final = _load("change_state")
 REWRAP: Final = _load("rewrap")
 RESERVE_USES: Final = _load("reserve_uses")
