@@ -33,13 +33,13 @@ class EncryptedText(TypeDecorator[Sealed]):
         """Refuses what could only ever find nothing, or sort by chance."""
 
         def operate(self, op: OperatorType, *other: Any, **kwargs: Any) -> Any:
-            """Let the test for NULL through, and columns: SQLAlchemy itself compares them, to find them again."""
+            """Let the test for NULL through, and columns: SQLAlchemy itself compares those."""
             columns = bool(other) and isinstance(other[0], ClauseElement)
             if op not in {is_, is_not} and not columns:
                 raise TypeError("an encrypted column can't be searched, compared or sorted by")
             return super().operate(op, *other, **kwargs)
 
-    comparator_factory = Comparator  # type: ignore[assignment] # of the base class it is a property
+    comparator_factory = Comparator
 
     def process_bind_param(self, value: Sealed | None, dialect: Dialect) -> bytes | None:  # noqa: ARG002
         """Return the bytes to store."""
