@@ -75,7 +75,7 @@ def build(tree: Path, out: Path) -> Path:
     return built
 
 
-EXTRAS = {"server", "embedded", "kubernetes", "s3", "pkcs11", "aws", "dev"}
+EXTRAS = {"server", "embedded", "kubernetes", "s3", "pkcs11", "aws", "recipes", "dev"}
 
 
 @pytest.fixture(scope="module")

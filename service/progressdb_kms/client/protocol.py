@@ -140,7 +140,8 @@ def encode(call: Call[Any], encoding: Encoding, headers: Mapping[str, str]) -> R
                 "a header given to the client is not well-formed, or is the client's own to set"
             )
     fields.setdefault("x-request-id", uuid.uuid4().hex)
-    fields["accept"] = f"application/{encoding}, application/problem+json"
+    # This alone, although errors are problem documents: the fast door takes no list (ADR 14).
+    fields["accept"] = f"application/{encoding}"
     fields["user-agent"] = USER_AGENT
     body = b""
     if call.body is not None:

@@ -1,0 +1,3 @@
+module progressdb-kms/clients/go
+
+go 1.22
