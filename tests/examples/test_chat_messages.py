@@ -227,7 +227,8 @@ def test_admin_routes_need_the_token(chat: Chat, new_chat: Callable[..., Chat]) 
 def test_bad_bodies_are_refused(chat: Chat) -> None:
     """What is no text, or too long, is 400."""
     texts = ["", 1, "\ud800", "x" * 65_537, "\xfc" * 40_000, None]
-    for body in [None, [], {}, *({"text": text} for text in texts)]:
+    bodies: list[object] = [None, [], {}, *({"text": text} for text in texts)]
+    for body in bodies:
         assert chat.call("POST", "/threads/bad/messages", body)[0] == 400
     assert not chat.entries("thread:bad")
 

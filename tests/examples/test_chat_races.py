@@ -75,7 +75,7 @@ def test_edits_win_over_a_rotation(new_chat: Callable[..., Chat], ready: dict[st
         done.set()
         for editor in editors:
             texts |= editor.result()
-    found = {}
+    found: dict[str, str] = {}
     after = ""
     while page := chats[0].messages("edits", f"?limit=200&after={after}"):
         found |= {message["id"]: message["text"] for message in page}
