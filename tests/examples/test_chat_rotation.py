@@ -7,6 +7,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ import msgspec
 import pytest
 
 from examples.chat_server import rotation
-from examples.chat_server.cipher import Envelope
-from examples.chat_server.keys import JOBS, Job, Meta, ThreadKeys, messages_prefix, meta_key
+from examples.chat_server.cipher import Envelope, seal_many
+from examples.chat_server.keys import JOBS, ThreadKeys, ThreadNotFound, messages_prefix
 from examples.chat_server.rotation import Worker
 from examples.chat_server.store import Store
 from examples.chat_server.threads import Threads
 from progressdb_kms.client import AdminClient, SyncKmsProvider, open_sync_provider
+from progressdb_kms.domain.errors import KeyPendingDestruction
 from tests.examples.chat import Chat, eventually, fill, insider
 
 THREAD = "long"
@@ -85,8 +87,8 @@ def test_rotation_killed_again_and_again(
     old: set[str] = set()
     began = time.monotonic()
     with insider(ready, chat.database) as keys:
-        threads = Threads(keys)
-        reader = Reader(threads, fill(keys, THREAD, number))
+        chatter = Threads(keys)
+        reader = Reader(chatter, fill(keys, THREAD, number))
         reader.start()
         ids = list(reader.texts)
         killed = lives = 0
@@ -103,8 +105,8 @@ def test_rotation_killed_again_and_again(
                 with reader.sure:
                     target = random.choice(ids)
                     reader.texts[target] = f"edited in life {lives}"
-                    threads.edit(THREAD, target, reader.texts[target])
-                    posted = threads.post(THREAD, f"posted in life {lives}")
+                    chatter.edit(THREAD, target, reader.texts[target])
+                    posted = chatter.post(THREAD, f"posted in life {lives}")
                     reader.texts[posted] = f"posted in life {lives}"
                 chat.start()
                 if status["job"] is None:
@@ -186,11 +188,48 @@ class Ends:
         return type("Info", (), {"destroy_at": "then"})
 
 
+class Watched:
+    """A KMS that notes the keys it made, and does something of the test's before it encrypts."""
+
+    def __init__(self, provider: SyncKmsProvider) -> None:
+        self.made: set[str] = set()
+        self.before: list[Callable[[], object]] = []
+        self._provider = provider
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._provider, name)
+
+    def create_dek_for_thread(self, *args: Any, **named: Any) -> Any:
+        """Make a key."""
+        dek = self._provider.create_dek_for_thread(*args, **named)
+        self.made.add(dek.key_id)
+        return dek
+
+    def rotate_dek(self, *args: Any, **named: Any) -> Any:
+        """Make a thread's next key."""
+        dek = self._provider.rotate_dek(*args, **named)
+        self.made.add(dek.key_id)
+        return dek
+
+    def encrypt_with_dek(self, *args: Any, **named: Any) -> Any:
+        """Encrypt, and let time go by before the answer comes."""
+        sealed = self._provider.encrypt_with_dek(*args, **named)
+        if self.before:
+            self.before.pop()()
+        return sealed
+
+
 @pytest.fixture
-def kms() -> Iterator[SyncKmsProvider]:
+def kms() -> Iterator[Watched]:
     """Give an embedded KMS."""
     with open_sync_provider("embedded:") as provider:
-        yield provider
+        yield Watched(provider)
+
+
+def keys_on(store: Store, kms: Watched) -> tuple[ThreadKeys, Ends]:
+    """Return the example's keys, and what notes their ends."""
+    ends = Ends()
+    return ThreadKeys(store, kms, ends, "chat:"), ends  # type: ignore[arg-type] # stand for provider and admin
 
 
 def work(keys: ThreadKeys) -> None:
@@ -201,52 +240,55 @@ def work(keys: ThreadKeys) -> None:
             worker.step(key.removeprefix(JOBS), stored)
 
 
-@pytest.mark.parametrize("what", ["rotate", "delete", "post"])
+def texts_of(keys: ThreadKeys, thread_id: str) -> dict[str, str]:
+    """Read a thread."""
+    return {each["id"]: each["text"] for each in Threads(keys).read(thread_id, "", 100)}
+
+
+@pytest.mark.parametrize("what", [["rotate"], ["delete"], ["rotate", "delete"], ["post"]])
 def test_a_crash_at_any_commit_is_survived(
-    tmp_path: Path, kms: SyncKmsProvider, monkeypatch: pytest.MonkeyPatch, what: str
+    tmp_path: Path, kms: Watched, monkeypatch: pytest.MonkeyPatch, what: list[str]
 ) -> None:
     """Killed before or after any one commit, the next process finishes the work, with no key left over."""
     monkeypatch.setattr(rotation, "BATCH", 4)
-    ends = Ends()
     for halves in range(40):
-        store = Crashing(tmp_path / f"{what}-{halves}.db")
-        keys = ThreadKeys(store, kms, ends, "chat:")  # type: ignore[arg-type] # stands for an admin client
-        thread = f"{what}-{halves}"
-        texts = fill(keys, thread, 10) if what != "post" else {}
-        old = keys.for_writing(thread)[1].key_id if texts else ""
+        store = Crashing(tmp_path / f"{halves}.db")
+        keys, ends = keys_on(store, kms)
+        thread = f"thread-{halves}"
+        kms.made.clear()
+        texts = {} if what == ["post"] else fill(keys, thread, 10)
+        old = set(kms.made)
         store.left = halves / 2
         crashed = False
         try:
-            if what == "post":
-                Threads(keys).post(thread, "first")
-            else:
-                keys.start(thread, what)
-                work(keys)
+            for kind in what:
+                if kind == "post":
+                    Threads(keys).post(thread, "text")
+                else:
+                    keys.start(thread, kind)
+            work(keys)
         except Crash:
             crashed = True
         store.left = float("inf")
-        if what == "post":
-            Threads(keys).post(thread, "second")
-            found = [message["text"] for message in Threads(keys).read(thread, "", 100)]
-            assert found in (["first", "second"], ["second"])
-            meta = keys.load(thread)[1]
-            again = kms.create_dek_for_thread(f"chat:{thread}", idempotency_key=meta.id)
-            assert again.key_id == meta.key_id
+        if what == ["post"]:
+            Threads(keys).post(thread, "text")
+            assert set(texts_of(keys, thread).values()) == {"text"}
         else:
-            if halves == 0:
-                keys.start(thread, what)  # nothing of it was stored, and nobody was told that it was
+            # Whoever asked had no answer and asks again; a rotation that has begun needs no second one.
+            if what[-1] == "delete" or halves == 0:
+                with suppress(ThreadNotFound):
+                    keys.start(thread, what[-1])
             work(keys)
-            assert old in ends.keys
-            if what == "delete":
+            assert old <= ends.keys
+            if what[-1] == "delete":
                 assert not store.scan("thread:")
             else:
-                read = {message["id"]: message["text"] for message in Threads(keys).read(thread, "", 100)}
-                assert read == texts
-                new = keys.load(thread)[1]
-                assert (new.retired, new.key_id in ends.keys, new.key_id == old) == ([], False, False)
-                assert {Envelope.decode(v).key_id for _, v in store.scan(messages_prefix(thread))} == {
-                    new.key_id
-                }
+                assert texts_of(keys, thread) == texts
+                assert keys.load(thread)[1].retired == []
+        alive = set() if what[-1] == "delete" else {keys.load(thread)[1].key_id}
+        assert kms.made - ends.keys == alive
+        used = {Envelope.decode(value).key_id for _, value in store.scan(messages_prefix(thread))}
+        assert used == alive
         store.close()
         if not crashed:
             assert halves > 4
@@ -254,34 +296,113 @@ def test_a_crash_at_any_commit_is_survived(
     pytest.fail("more commits than expected")
 
 
-def test_a_batch_of_before_is_not_stored_after_another_rotation(tmp_path: Path, kms: SyncKmsProvider) -> None:
-    """A worker that slept while the thread was rotated once more changes nothing any more."""
+def test_a_slow_write_is_not_stored_under_the_old_key(tmp_path: Path, kms: Watched) -> None:
+    """A post or an edit that was encrypted before a rotation is encrypted again before it is stored."""
     store = Store(tmp_path / "db")
-    ends = Ends()
-    keys = ThreadKeys(store, kms, ends, "chat:")  # type: ignore[arg-type] # stands for an admin client
-    texts = fill(keys, "t", 3)
-    keys.start("t", "rotate")
-    keys.renew("t", *keys.load("t"))
-    sleeper = Worker(keys)
-    job, meta = store.get(JOBS + "t"), store.get(meta_key("t"))
-    assert job
-    assert meta
-    given = {JOBS + "t": job, meta_key("t"): meta}
-    keys.start("t", "rotate")
-    work(keys)
-    before = store.scan("thread:")
-    decoded = msgspec.json.decode(meta, type=Meta)
-    sleeper._migrate("t", decoded, msgspec.json.decode(job, type=Job), given)
-    assert store.scan("thread:") == before
-    assert {each["id"]: each["text"] for each in Threads(keys).read("t", "", 10)} == texts
+    keys, _ = keys_on(store, kms)
+    chatter = Threads(keys)
+    first = chatter.post("t", "first")
+
+    def rotate() -> None:
+        keys.start("t", "rotate")
+        work(keys)
+
+    kms.before = [rotate]
+    second = chatter.post("t", "second")
+    kms.before = [rotate]
+    chatter.edit("t", first, "edited")
+    assert texts_of(keys, "t") == {first: "edited", second: "second"}
+    used = {Envelope.decode(value).key_id for _, value in store.scan(messages_prefix("t"))}
+    assert used == {keys.load("t")[1].key_id}
     store.close()
 
 
-def test_a_message_left_behind_keeps_the_old_key(tmp_path: Path, kms: SyncKmsProvider) -> None:
+def test_an_edit_beside_a_batch_wins(tmp_path: Path, kms: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text that is changed between a batch's reading and its writing stays changed."""
+    store = Store(tmp_path / "db")
+    keys, _ = keys_on(store, kms)
+    texts = fill(keys, "t", 3)
+    second = list(texts)[1]
+    keys.start("t", "rotate")
+
+    def slow(*args: Any) -> Any:
+        sealed = seal_many(*args)
+        Threads(keys).edit("t", second, "edited")
+        return sealed
+
+    monkeypatch.setattr(rotation, "seal_many", slow)
+    work(keys)
+    assert texts_of(keys, "t") == texts | {second: "edited"}
+    store.close()
+
+
+def test_a_read_across_the_end_of_a_rotation_is_right(
+    tmp_path: Path, kms: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader whose messages' key is gone when it comes to decrypt them reads again."""
+    store = Store(tmp_path / "db")
+    keys, ends = keys_on(store, kms)
+    texts = fill(keys, "t", 3)
+    decrypt = kms.decrypt_many
+
+    def late(items: list[Any], **named: Any) -> Any:
+        if not ends.keys and not store.scan(JOBS):
+            keys.start("t", "rotate")
+            work(keys)
+        return [
+            KeyPendingDestruction() if key in ends.keys else decrypt([(key, *rest)])[0]
+            for key, *rest in items
+        ]
+
+    monkeypatch.setattr(kms, "decrypt_many", late, raising=False)
+    assert texts_of(keys, "t") == texts
+    assert ends.keys
+    store.close()
+
+
+def test_a_batch_under_a_key_of_before_is_not_stored(
+    tmp_path: Path, kms: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that slept over the begin of another rotation changes neither messages nor progress."""
+    store = Store(tmp_path / "db")
+    keys, _ = keys_on(store, kms)
+    texts = fill(keys, "t", 3)
+    keys.start("t", "rotate")
+    keys.renew("t", *keys.load("t"))
+    before: list[list[tuple[str, bytes]]] = []
+
+    def sleep(*args: Any) -> Any:
+        sealed = seal_many(*args)
+        keys.start("t", "rotate")
+        keys.renew("t", *keys.load("t"))
+        before.append(store.scan("thread:") + store.scan(JOBS))
+        return sealed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rotation, "seal_many", sleep)
+        Worker(keys).step("t", store.get(JOBS + "t") or b"")
+    assert before == [store.scan("thread:") + store.scan(JOBS)]
+    work(keys)
+    assert texts_of(keys, "t") == texts
+    store.close()
+
+
+def test_messages_of_one_moment_do_not_replace_each_other(
+    tmp_path: Path, kms: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes that come to the same id at the same nanosecond store two messages."""
+    store = Store(tmp_path / "db")
+    keys, _ = keys_on(store, kms)
+    monkeypatch.setattr("examples.chat_server.threads.time.time_ns", lambda: 1)
+    ids = [Threads(keys).post("t", "one"), Threads(keys).post("t", "two")]
+    assert texts_of(keys, "t") == dict(zip(ids, ["one", "two"], strict=True))
+    store.close()
+
+
+def test_a_message_left_behind_keeps_the_old_key(tmp_path: Path, kms: Watched) -> None:
     """Should a message under the old key turn up behind the cursor, it is migrated before the key goes."""
     store = Store(tmp_path / "db")
-    ends = Ends()
-    keys = ThreadKeys(store, kms, ends, "chat:")  # type: ignore[arg-type] # stands for an admin client
+    keys, ends = keys_on(store, kms)
     texts = fill(keys, "t", 3)
     first = store.scan(messages_prefix("t"))[0]
     keys.start("t", "rotate")
@@ -295,5 +416,5 @@ def test_a_message_left_behind_keeps_the_old_key(tmp_path: Path, kms: SyncKmsPro
     new = keys.load("t")[1].key_id
     assert new not in ends.keys
     assert {Envelope.decode(value).key_id for _, value in store.scan(messages_prefix("t"))} == {new}
-    assert {each["id"]: each["text"] for each in Threads(keys).read("t", "", 10)} == texts
+    assert texts_of(keys, "t") == texts
     store.close()
