@@ -83,6 +83,14 @@ image: ## build the container image into dist/image.tar (docker buildx or builda
 dist/image.tar:
 	$(MAKE) image
 
+# On an image of the service that the builder already has: BASE=name:tag
+BASE ?= progressdb-kms:dev
+.PHONY: image-chat
+image-chat: ## build the image chat-server:dev of examples/chat_server (docker or buildah; BASE=name:tag)
+	if docker info > /dev/null 2>&1; then builder=docker; else builder=buildah; fi; \
+	"$$builder" build --file deploy/examples/chat-server/Dockerfile --build-arg BASE=$(BASE) --tag chat-server:dev \
+		$(ARGS) examples
+
 .PHONY: test-image
 test-image: export IMAGE_ARCHIVE := $(IMAGE_ARCHIVE)
 test-image: install system-packages $(IMAGE_ARCHIVE) ## check the image and serve from it, as root
@@ -188,8 +196,13 @@ check-manifests: install ## is deploy/k8s what the chart renders, and do its ove
 test-cluster: install ## the chart's life on a real cluster: make test-cluster IMAGE=progressdb-kms:test
 	IMAGE="$(IMAGE)" $(PYTEST) tests/cluster -m cluster --timeout=900 $(ARGS)
 
-.PHONY: test-examples docs
-test-examples docs:
+# They are in `make test` too; ARGS=--full rotates 100,000 messages and kills the server 50 times meanwhile.
+.PHONY: test-examples
+test-examples: install system-packages ## the tests of examples/ (ARGS=--full for the long form)
+	$(PYTEST) tests/examples $(ARGS)
+
+.PHONY: docs
+docs:
 	@echo "make $@: there is nothing here yet" >&2; exit 1
 
 .PHONY: clean

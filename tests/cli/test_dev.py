@@ -53,7 +53,7 @@ def test_ready_file(dev: Dev) -> None:
     assert ready["unix"] == str(dev.directory / "kms.sock")
     for name in ("ca", "config", "kek_file"):
         assert Path(ready[name]).is_file()
-    assert set(ready["clients"]) == {"server", "operator", "stranger"}
+    assert set(ready["clients"]) == {"server", "operator", "chat", "stranger"}
     for files in ready["clients"].values():
         assert Path(files["cert"]).is_file()
         assert Path(files["key"]).is_file()

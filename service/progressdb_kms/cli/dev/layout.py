@@ -23,7 +23,7 @@ from progressdb_kms.cli import pki
 from progressdb_kms.kek.atomic import replace_file, write_once
 from progressdb_kms.kek.init import init_kek_file
 
-CLIENTS: Final = ("server", "operator", "stranger")
+CLIENTS: Final = ("server", "operator", "chat", "stranger")
 _SERVER: Final = "kms"
 _LEAF_DAYS: Final = 365
 _RENEW_WITHIN: Final = dt.timedelta(days=1)
@@ -35,6 +35,10 @@ _POLICY: Final = """\
 rules:
   - identities: ["dns:server", "uid:{uid}"]
     permissions: [key:create, key:encrypt, key:decrypt, key:read]
+  # examples/chat_server
+  - identities: ["dns:chat"]
+    permissions: [key:create, key:encrypt, key:decrypt, key:admin, key:destroy]
+    thread_prefixes: ["chat:"]
   - identities: ["dns:operator"]
     permissions:
       [key:create, key:encrypt, key:decrypt, key:read, key:destroy, key:admin, rotation:run, audit:read]
