@@ -26,6 +26,7 @@ from progressdb_kms.api.answering import (
     log_context,
     new_request_id,
     perform,
+    refuse_web_pages,
 )
 from progressdb_kms.api.call import Answer, Call, Route
 from progressdb_kms.api.longbatch import LONG_BYTES
@@ -91,6 +92,8 @@ def _view(api: Api, hot: Hot, route: Route) -> Callable[..., Awaitable[Response]
             accept, content_type = _negotiate(needs_type=route.takes is not None and not route.body_optional)
             async with deadline(api.limits.body_timeout, errors.RequestTimeout):
                 body = await _read_body(body_limit)
+            headers = request.headers
+            refuse_web_pages(api, session, headers.get("Origin"), headers.get("Sec-Fetch-Site"))
             authorise(route, session)
             if route.takes is None and body.strip() not in {b"", b"{}", b"\x80"}:
                 raise errors.InvalidField("this route takes no body")
