@@ -100,9 +100,7 @@ def refuse_web_pages(api: Api, session: Session, origin: str | None, site: str |
     if origin is None and site in {None, "none"}:
         return
     if (left_out := api.lines.allow(("web_page_refused", session.name))) is not None:
-        log.warning(
-            "web_page_refused", identity=session.name, origin=(origin or "")[:200], left_out=left_out
-        )
+        log.warning("web_page_refused", identity=session.name, origin=(origin or "")[:200], left_out=left_out)
     raise errors.InvalidHeader("the API answers programs, not web pages: Origin or Sec-Fetch-Site is given")
 
 

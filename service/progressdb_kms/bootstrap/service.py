@@ -24,6 +24,7 @@ from progressdb_kms.audit.pipes import PatientStream
 from progressdb_kms.bootstrap import audit as auditing
 from progressdb_kms.bootstrap.events import Events
 from progressdb_kms.bootstrap.kek import kek_source
+from progressdb_kms.bootstrap.page import operators_page
 from progressdb_kms.bootstrap.parts import expected_store, load_policy, make_vault
 from progressdb_kms.bootstrap.storing import store_settings
 from progressdb_kms.domain.errors import (
@@ -170,9 +171,12 @@ class Service:
             self.store.rotation_ledger,
             self.store.audit,
         )
+        app = create_app(api, hot)
+        if settings.ui:
+            operators_page(self, app, api)
         debug = settings.log.level == "debug"
         self.server = Server(
-            app=create_app(api, hot),
+            app=app,
             door=ApiDoor(api, hot, self.metrics.request_at_door, debug=debug) if settings.fast_door else None,
             admin_app=AdminApp(self.unready, self.metrics.render, CONTENT_TYPE),
             listen=settings.listen,

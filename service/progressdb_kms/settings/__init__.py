@@ -239,10 +239,12 @@ class Settings(Section, frozen=True, kw_only=True):
     Attributes:
         fast_door: Answer ordinary requests for hot routes on the spot; off, all go through the framework, in
             some ten times the CPU time and with the same answers.
+        ui: Serve the page for operators, under ``/ui/`` of the API.
     """
 
     listen: Listen = msgspec.field(default_factory=Listen)
     fast_door: bool = True
+    ui: bool = False
     admin: Admin = msgspec.field(default_factory=Admin)
     tls: Tls | None = None
     policy: Path

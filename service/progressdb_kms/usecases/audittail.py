@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from progressdb_kms.domain.audit import VerifyKey
-    from progressdb_kms.ports.audit import Anchor, AuditStore
+    from progressdb_kms.ports.audit import AuditStore
     from progressdb_kms.usecases.session import Session
 
 TAIL: Final = 100
@@ -32,8 +32,8 @@ FOUND: Final = 50
 _PAGE: Final = 250
 _SLICE: Final = 16
 """Records after which others have their turn: a signed one takes some 0.1 ms."""
-_LONGEST: Final = 65_536
-"""Bytes of a record; the service's own have a few hundred. Who writes longer ones into the store is not read."""
+_LONGEST: Final = 2**20
+"""Bytes of a record. Most have a few hundred; an opening names other chains. What is longer is damaged."""
 _SOURCE: Final = "record"
 
 
@@ -126,7 +126,10 @@ async def audit_tail(
     if keys:
         await _feed(verifier, heads, [line for _, line in page])
     report = verifier.finish()
-    problems = [f"{one.kind}: {one.detail}" + (f" (chain {one.chain})" if one.chain else "") for one in report.problems]
+    problems = [
+        f"{one.kind}: {one.detail}" + (f" (chain {one.chain})" if one.chain else "")
+        for one in report.problems
+    ]
     if before is None and keys:
         last = {chain.chain: chain.last for chain in report.chains}
         problems += _cut_off(heads, last)
@@ -134,7 +137,7 @@ async def audit_tail(
         number
         for one in report.problems
         for number, record in enumerate(records)
-        if one.where == f"{_SOURCE}:{number + 1}" and one.kind != "removed"
+        if (one.where == f"{_SOURCE}:{number + 1}" and one.kind != "removed")
         or (record is not None and record.chain == one.chain and one.first <= record.seq <= one.last)
     }
     signed = {chain.chain: chain.signed_to for chain in report.chains}
