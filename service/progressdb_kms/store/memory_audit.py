@@ -69,8 +69,10 @@ class MemoryAudit:
         Raises:
             InvalidParameter: ``before`` is no id.
         """
-        place = (self._last[0], self._last[1] + 1) if before is None else check_id(before)
-        found = [(f"{key[0]}-{key[1]}", line) for key, line in self.stream.items() if key < place]
+        place = None if before is None else check_id(before)
+        found = [
+            (f"{key[0]}-{key[1]}", line) for key, line in self.stream.items() if place is None or key < place
+        ]
         return found[::-1][:limit]
 
     async def trim(self, trim: Trim) -> bool:
