@@ -73,6 +73,7 @@ def test_configuration_of_the_readme_is_valid():
         "docs/audit.md",
         "docs/configuration.md",
         "docs/operations.md",
+        "docs/operator-page.md",
         "docs/provisioning.md",
         "docs/rotation.md",
         "CONTRIBUTING.md",

@@ -34,8 +34,8 @@ PEOPLE = {
     "creator": {"permissions": ["key:create", "key:encrypt", "key:decrypt", "key:admin", "key:destroy"]},
     "partial": {"permissions": ["audit:read", "rotation:run"], "thread_prefixes": ["room:"]},
 }
-TAGS = set(
-    [
+TAGS = frozenset(
+    (
         "html",
         "head",
         "meta",
@@ -78,10 +78,10 @@ TAGS = set(
         "dl",
         "dt",
         "dd",
-    ]
+    )
 )
-ATTRIBUTES = set(
-    [
+ATTRIBUTES = frozenset(
+    (
         "lang",
         "charset",
         "name",
@@ -112,7 +112,7 @@ ATTRIBUTES = set(
         "max",
         "colspan",
         "http-equiv",
-    ]
+    )
 )
 
 
