@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
@@ -158,7 +158,7 @@ class Answer:
     """An answer of the page."""
 
     status: int
-    headers: Mapping[str, str]
+    headers: Any
     body: str
     reading: Reading = field(init=False)
 
@@ -206,7 +206,7 @@ class Scene:
         return Session(identity, self.world.book, self.world.now)
 
     async def get(
-        self, path: str, name: str = "operator", query: Mapping[str, str] | None = None, **more: Any
+        self, path: str, name: str = "operator", query: dict[str, str] | None = None, **more: Any
     ) -> Answer:
         """Ask for a page and check what every answer of it must have."""
         scope = {"state": {"kms.session": more.pop("session", None) or self.session(name)}}
@@ -224,7 +224,7 @@ class Scene:
             answer.reading.assert_tame()
         return answer
 
-    async def ok(self, path: str, name: str = "operator", query: Mapping[str, str] | None = None) -> Reading:
+    async def ok(self, path: str, name: str = "operator", query: dict[str, str] | None = None) -> Reading:
         """Ask for a page and expect it."""
         answer = await self.get(path, name, query)
         assert answer.status == 200, answer.body

@@ -426,24 +426,27 @@ async def test_pages_change_nothing(scene: Scene) -> None:
             called.add(name)
             return getattr(self.of, name)
 
+    def recorded(of: object) -> Any:
+        return Recorder(of)
+
     world = scene.world
     kms = dataclasses.replace(
         world.kms,
-        store=Recorder(world.kms.store),
-        ledger=Recorder(world.kms.ledger),
-        backups=Recorder(world.kms.backups),
-        audit=Recorder(world.kms.audit),
-        cache=Recorder(world.kms.cache),
+        store=recorded(world.kms.store),
+        ledger=recorded(world.kms.ledger),
+        backups=recorded(world.kms.backups),
+        audit=recorded(world.kms.audit),
+        cache=recorded(world.kms.cache),
     )
     watched = Scene(world, page=False)
     api = dataclasses.replace(
         watched.sources.api,
         kms=kms,
-        rotations=Recorder(world.store.rotation_ledger),
-        audit=Recorder(world.store.audit),
+        rotations=recorded(world.store.rotation_ledger),
+        audit=recorded(world.store.audit),
     )
     watched.sources = dataclasses.replace(
-        watched.sources, api=api, heartbeats=Recorder(world.store.heartbeats), watch=scene.watch
+        watched.sources, api=api, heartbeats=recorded(world.store.heartbeats), watch=scene.watch
     )
     add_page(watched.app, watched.sources)
     for path in (*PAGES, f"/ui/keys?key_id={record.key_id}", "/ui/keys?thread_id=room:1"):
