@@ -149,6 +149,10 @@ check-openapi: install ## are docs/openapi.json and docs/errors.md what the serv
 	$(KMS) openapi | diff -u docs/openapi.json -
 	$(BIN)/python scripts/error_table.py --check
 
+.PHONY: screenshots
+screenshots: install system-packages ## write docs/images from a real service in Chromium
+	SCREENSHOTS=1 $(PYTEST) tests/page/test_browser.py -k rotation $(ARGS)
+
 .venv-audit/.installed: requirements/audit.txt .venv/.installed
 	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv-audit
 	$(BIN)/uv pip install --quiet --python .venv-audit/bin/python --no-deps --require-hashes -r requirements/audit.txt

@@ -74,6 +74,7 @@ def test_configuration_of_the_readme_is_valid():
         "docs/configuration.md",
         "docs/moving-in.md",
         "docs/operations.md",
+        "docs/operator-page.md",
         "docs/provisioning.md",
         "docs/rotation.md",
         "CONTRIBUTING.md",

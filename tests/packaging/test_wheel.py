@@ -30,6 +30,7 @@ SERVER_ONLY = [
     "click",
     "cryptography",
     "hypercorn",
+    "jinja2",
     "kubernetes",
     "prometheus_client",
     "quart",
@@ -117,6 +118,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert names == source
     assert "progressdb_kms/py.typed" in names
     assert any(name.endswith(".lua") for name in names)
+    assert {"progressdb_kms/page/templates/base.html", "progressdb_kms/page/static/style.css"} <= names
 
 
 def test_wheel_is_reproducible(wheel: Path, tmp_path: Path) -> None:

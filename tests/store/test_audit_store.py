@@ -147,3 +147,19 @@ async def test_a_cursor_is_an_id(writer: Writer, cursor: str) -> None:
     """Anything else is refused before the store sees it."""
     with pytest.raises(InvalidParameter):
         await writer.store.page(cursor, 10)
+
+
+async def test_the_tail_is_read_backwards(writer: Writer) -> None:
+    """The latest first, page by page, until nothing is left; an empty log and a wrong id are told."""
+    assert await writer.store.tail(None, 10) == []
+    records = writer.records(5)
+    await writer.store.commit(writer.batch(records))
+    first = await writer.store.tail(None, 2)
+    assert [line for _, line in first] == lines(records)[:2:-1]
+    second = await writer.store.tail(first[-1][0], 10)
+    assert [line for _, line in second] == lines(records)[2::-1]
+    assert await writer.store.tail(second[-1][0], 10) == []
+    assert sorted(first + second) == sorted(await writer.store.page("0-0", 10))
+    assert await writer.store.tail("0-0", 10) == []
+    with pytest.raises(InvalidParameter):
+        await writer.store.tail("(1-1", 1)

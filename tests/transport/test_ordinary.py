@@ -54,6 +54,8 @@ def test_an_ordinary_head_is_taken_apart() -> None:
         with_field(b"Connection: keep-alive, upgrade"),
         with_field(b"Content-Encoding: gzip"),
         with_field(b"TE: trailers"),
+        with_field(b"Origin: https://elsewhere.example"),
+        with_field(b"Sec-Fetch-Site: cross-site"),
         with_field(b"X: a\r\n b"),
         with_field(b"X: a\r\n\tb"),
         with_field(b"X: a\nY: b"),

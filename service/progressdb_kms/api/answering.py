@@ -80,6 +80,30 @@ def log_context(request_id: str, traceparent: str) -> dict[str, str]:
     return context
 
 
+def refuse_web_pages(api: Api, session: Session, origin: str | None, site: str | None) -> None:
+    """Return if a request for the JSON API is not one that a web page made a browser send.
+
+    A browser shows its user's certificate whichever page makes it connect, so that any page which an operator
+    opens could change keys in the operator's name. Every browser says ``Origin`` with what may change
+    something, and a current one ``Sec-Fetch-Site`` with everything (Fetch Metadata; ``none`` is an address
+    that the user has typed); programs say neither.
+
+    Args:
+        api: Whose log tells of it, once a second for each caller.
+        session: Who asks.
+        origin: The field ``Origin``.
+        site: The field ``Sec-Fetch-Site``.
+
+    Raises:
+        InvalidHeader: It is.
+    """
+    if origin is None and site in {None, "none"}:
+        return
+    if (left_out := api.lines.allow(("web_page_refused", session.name))) is not None:
+        log.warning("web_page_refused", identity=session.name, origin=(origin or "")[:200], left_out=left_out)
+    raise errors.InvalidHeader("the API answers programs, not web pages: Origin or Sec-Fetch-Site is given")
+
+
 def authorise(route: Route, session: Session) -> None:
     """Return if the caller may do something on this route at all; the handler looks more closely.
 

@@ -26,6 +26,7 @@ from progressdb_kms.api.answering import (
     log_context,
     new_request_id,
     perform,
+    refuse_web_pages,
 )
 from progressdb_kms.api.call import Answer, Call, Route
 from progressdb_kms.api.longbatch import LONG_BYTES
@@ -90,7 +91,9 @@ def _view(api: Api, hot: Hot, route: Route) -> Callable[..., Awaitable[Response]
         async def respond(session: Session, request_id: str) -> tuple[str, Answer]:
             accept, content_type = _negotiate(needs_type=route.takes is not None and not route.body_optional)
             async with deadline(api.limits.body_timeout, errors.RequestTimeout):
-                body = await _read_body(body_limit)
+                body = await read_body(body_limit)
+            headers = request.headers
+            refuse_web_pages(api, session, headers.get("Origin"), headers.get("Sec-Fetch-Site"))
             authorise(route, session)
             if route.takes is None and body.strip() not in {b"", b"{}", b"\x80"}:
                 raise errors.InvalidField("this route takes no body")
@@ -106,12 +109,12 @@ def _view(api: Api, hot: Hot, route: Route) -> Callable[..., Awaitable[Response]
                 accept=accept,
                 body=body,
                 path=path,
-                query=_query(),
+                query=query_of_request(),
                 idempotency_keys=request.headers.getlist("Idempotency-Key"),
             )
             return accept, await perform(route, call, api.limits)
 
-        return await _answered(api, route.path, respond)
+        return await answered(api, route.path, respond)
 
     return view
 
@@ -131,7 +134,7 @@ def _unmatched(api: Api) -> Callable[[HTTPException], Awaitable[Response]]:
                 raise errors.InternalError
             raise errors.InvalidHeader
 
-        response = await _answered(api, _UNMATCHED, respond)
+        response = await answered(api, _UNMATCHED, respond)
         if isinstance(error, MethodNotAllowed) and error.valid_methods:
             response.headers["Allow"] = ", ".join(sorted(error.valid_methods))
         return response
@@ -139,9 +142,20 @@ def _unmatched(api: Api) -> Callable[[HTTPException], Awaitable[Response]]:
     return handler
 
 
-async def _answered(
-    api: Api, route: str, respond: Callable[[Session, str], Awaitable[tuple[str, Answer]]]
+async def answered(
+    api: Api,
+    route: str,
+    respond: Callable[[Session, str], Awaitable[tuple[str, Answer]]],
+    explained: Callable[[errors.KmsError, str], tuple[int, list[tuple[str, str]], bytes]] = problem_of,
 ) -> Response:
+    """Return the response to the present request, whatever happens; it is logged and counted.
+
+    Args:
+        api: What the app serves with.
+        route: Its name for metrics and logs.
+        respond: Gives Content-Type and body, from the caller's session and the request's id.
+        explained: Gives status, headers and body of the answer to an error.
+    """
     began = time.perf_counter()
     request_id = given_request_id(request.headers.get("X-Request-Id", "")) or new_request_id()
     session: Session = request.scope["state"]["kms.session"]
@@ -157,7 +171,7 @@ async def _answered(
         except Exception as error:  # noqa: BLE001 - explained to log and caller
             shown = explain(api, route, error, request_id)
             code = shown.code
-            status, headers, body = problem_of(shown, request_id)
+            status, headers, body = explained(shown, request_id)
             response = Response(body, status, headers=dict(headers))
         response.headers["X-Request-Id"] = request_id
         # Answers hold plaintext and keys: no cache on the way may keep them.
@@ -200,7 +214,7 @@ def _negotiate(*, needs_type: bool) -> tuple[str, str]:
     return (best if best in {JSON, MSGPACK} else JSON), content_type
 
 
-def _query() -> dict[str, list[str]]:
+def query_of_request() -> dict[str, list[str]]:
     """Return the query's parameters, decoded strictly: bad bytes replaced would ask for another thing.
 
     Raises:
@@ -213,7 +227,7 @@ def _query() -> dict[str, list[str]]:
         raise errors.InvalidParameter("the query is not UTF-8 in percent-encoding") from None
 
 
-async def _read_body(limit: int) -> bytes:
+async def read_body(limit: int) -> bytes:
     """Read the whole body.
 
     Raises:

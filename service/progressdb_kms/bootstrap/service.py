@@ -26,6 +26,7 @@ from progressdb_kms.bootstrap import audit as auditing
 from progressdb_kms.bootstrap.events import Events
 from progressdb_kms.bootstrap.gauges import add_gauges
 from progressdb_kms.bootstrap.kek import kek_source
+from progressdb_kms.bootstrap.page import operators_page
 from progressdb_kms.bootstrap.parts import expected_store, load_policy, make_vault
 from progressdb_kms.bootstrap.speaker import Speaker
 from progressdb_kms.bootstrap.storing import store_settings
@@ -188,9 +189,12 @@ class Service:
             self.store.rotation_ledger,
             self.store.audit,
         )
+        app = create_app(api, hot)
+        if settings.ui:
+            operators_page(self, app, api)
         debug = settings.log.level == "debug"
         self.server = Server(
-            app=create_app(api, hot),
+            app=app,
             door=ApiDoor(api, hot, self.metrics.request_at_door, debug=debug) if settings.fast_door else None,
             admin_app=self._admin_app(),
             listen=settings.listen,

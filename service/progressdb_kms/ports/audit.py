@@ -98,6 +98,13 @@ class AuditStore(Protocol):
             InvalidParameter: ``after`` is no id.
         """
 
+    async def tail(self, before: str | None, limit: int) -> list[tuple[str, bytes]]:
+        """Return up to ``limit`` records before an id, the latest first, each with its id; None is the end.
+
+        Raises:
+            InvalidParameter: ``before`` is no id.
+        """
+
     async def trim(self, trim: Trim) -> bool:
         """Trim, in one durable step; False, and nothing is done, where the roster is another by now."""
 

@@ -240,11 +240,13 @@ class Settings(Section, frozen=True, kw_only=True):
         fast_door: Answer ordinary requests for hot routes on the spot; off, all go through the framework, in
             some ten times the CPU time and with the same answers.
         workers: Processes that serve, each able to use a core. Limits count for all of them together.
+        ui: Serve the page for operators, under ``/ui/`` of the API.
     """
 
     workers: Annotated[int, Meta(ge=1, le=64)] = 1
     listen: Listen = msgspec.field(default_factory=Listen)
     fast_door: bool = True
+    ui: bool = False
     admin: Admin = msgspec.field(default_factory=Admin)
     tls: Tls | None = None
     policy: Path

@@ -63,6 +63,18 @@ class MemoryAudit:
         found = [(f"{key[0]}-{key[1]}", line) for key, line in self.stream.items() if key > place]
         return found[:limit]
 
+    async def tail(self, before: str | None, limit: int) -> list[tuple[str, bytes]]:
+        """Return up to ``limit`` records before an id, the latest first, each with its id.
+
+        Raises:
+            InvalidParameter: ``before`` is no id.
+        """
+        place = None if before is None else check_id(before)
+        found = [
+            (f"{key[0]}-{key[1]}", line) for key, line in self.stream.items() if place is None or key < place
+        ]
+        return found[::-1][:limit]
+
     async def trim(self, trim: Trim) -> bool:
         """Trim; False where the roster is another by now."""
         if self.roster == trim.roster[1]:

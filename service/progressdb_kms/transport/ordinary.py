@@ -19,7 +19,7 @@ _HEAD: Final = re.compile(
 _LENGTH: Final = re.compile(r"0|[1-9][0-9]{0,8}")
 _HOST: Final = re.compile(r"[A-Za-z0-9.:\[\]_-]{1,255}")
 _CONNECTION: Final = frozenset({"keep-alive", "close"})
-# They change how a request is framed, answered or passed on.
+# They change how a request is framed, answered or passed on; the last two say that a web page sent it.
 _EXTRAORDINARY: Final = frozenset(
     {
         "content-encoding",
@@ -31,6 +31,8 @@ _EXTRAORDINARY: Final = frozenset(
         "trailer",
         "transfer-encoding",
         "upgrade",
+        "origin",
+        "sec-fetch-site",
     }
 )
 

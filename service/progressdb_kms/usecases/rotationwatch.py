@@ -7,6 +7,7 @@ the job has written there.
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -16,7 +17,7 @@ from progressdb_kms.domain.policy import Permission
 from progressdb_kms.domain.rotation import Outcome, Rotation
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from progressdb_kms.ports import KeyStore, RotationLedger
     from progressdb_kms.usecases.keks import KekBook
@@ -68,16 +69,32 @@ class RotationWatch:
         keks: Knows the active version.
         store: Counts keys by version.
         ledger: Knows the rotations.
+        now: Gives Unix seconds.
+
+    Attributes:
+        seen_at: When it has last looked, in Unix seconds; None before the first time.
     """
 
-    def __init__(self, keks: KekBook, store: KeyStore, ledger: RotationLedger) -> None:
+    def __init__(
+        self,
+        keks: KekBook,
+        store: KeyStore,
+        ledger: RotationLedger,
+        now: Callable[[], float] = time.time,
+    ) -> None:
         self._keks = keks
         self._store = store
         self._ledger = ledger
+        self._now = now
         self._census: Mapping[int, int] = {}
         self._latest: Rotation | None = None
         self._success: int | None = None
-        self._seen = False
+        self.seen_at: float | None = None
+
+    @property
+    def census(self) -> Mapping[int, int]:
+        """Live wrapped DEKs by KEK version, as of ``seen_at``."""
+        return self._census
 
     async def run(self) -> None:
         """Look every few seconds, until cancelled."""
@@ -102,7 +119,7 @@ class RotationWatch:
             (one.finished_at for one in rotations if one.outcome == Outcome.CLEAN and one.finished_at),
             default=None,
         )
-        self._seen = True
+        self.seen_at = self._now()
 
     def facts(self, now: float) -> dict[str, float | Mapping[str, float]]:
         """Return the metrics by name; empty before the first look.
@@ -110,7 +127,7 @@ class RotationWatch:
         Args:
             now: Unix seconds.
         """
-        if not self._seen:
+        if self.seen_at is None:
             return {}
         view = self._keks.view
         active = view.keks[view.active]

@@ -11,9 +11,11 @@ from typing import Any
 import msgspec
 import pytest
 import quart.typing
+import structlog
 
 from progressdb_kms.api.answering import Api
 from progressdb_kms.api.app import create_app
+from progressdb_kms.api.call import Route
 from progressdb_kms.api.problems import PROBLEM_JSON
 from progressdb_kms.api.routes import ROUTES
 from progressdb_kms.domain.identity import Identity, IdentityKind
@@ -242,6 +244,33 @@ async def test_who_has_no_grant_is_refused_before_the_body_is_read(service: Serv
         "dns:stranger",
         f"{route.permission} {route.path} count=1",
     )
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"Origin": "https://elsewhere.example"},
+        {"Origin": "null"},
+        {"Origin": ""},
+        {"Sec_Fetch_Site": "cross-site"},
+        {"Sec_Fetch_Site": "same-site"},
+        {"Sec_Fetch_Site": "same-origin"},
+    ],
+)
+@pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
+async def test_web_pages_are_refused(service: Service, route: Route, fields: dict[str, str]) -> None:
+    """A page that an operator opens can't use the operator's certificate, and it is refused unseen."""
+    path = re.sub(HANDLED, await made(service), route.path)
+    before = service.world.store.calls.copy()
+    with structlog.testing.capture_logs() as logs:
+        await service("operator").refused(400, "invalid_header", route.method, path, b"{}", **fields)
+    assert service.world.store.calls == before
+    assert [line["event"] for line in logs if line["log_level"] == "warning"] == ["web_page_refused"]
+
+
+async def test_an_address_typed_into_a_browser_is_answered(service: Service) -> None:
+    """The user's own wish, which no page can make."""
+    await service("operator").ok("GET", "/v1/keys", Sec_Fetch_Site="none")
 
 
 async def test_an_expired_certificate_is_refused(service: Service) -> None:

@@ -17,6 +17,7 @@ tls:
   require_current_crl: {{ .Values.tls.clientCrl.requireCurrent }}
   {{- end }}
 policy: {{ $dir }}/policy.yaml
+ui: {{ .Values.ui.enabled }}
 kek:
   path: {{ $dir }}/kek/kek.yaml
   management: kubernetes

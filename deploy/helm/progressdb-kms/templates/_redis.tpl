@@ -37,7 +37,7 @@ those of docs/redis-acl.md. `default` keeps its rights while it is off: the appe
 */}}
 {{- define "progressdb-kms.redisAcl" -}}
 user default off resetpass ~* &* +@all
-user kms on #{kms} resetkeys ~kms:* resetchannels -@all +select +info +config|get +time +eval +evalsha +exists +hget +hmget +hgetall +hkeys +hvals +hset +hdel +hincrby +sadd +srem +scard +zadd +zrem +zrange +zrevrange +scan +xadd +xrange +xread +xinfo|stream +wait +waitaof +del +get +hexists +hlen +hsetnx +incr +set +sscan +unlink +zcard +zrangebyscore +bgrewriteaof +xtrim
+user kms on #{kms} resetkeys ~kms:* resetchannels -@all +select +info +config|get +time +eval +evalsha +exists +hget +hmget +hgetall +hkeys +hvals +hset +hdel +hincrby +sadd +srem +scard +zadd +zrem +zrange +zrevrange +scan +xadd +xrange +xread +xinfo|stream +wait +waitaof +del +get +hexists +hlen +hsetnx +incr +set +sscan +unlink +zcard +zrangebyscore +bgrewriteaof +xtrim +xrevrange
 user reload on #{reload} resetkeys resetchannels -@all +ping +config|set +acl|load
 user probe on #{probe} resetkeys resetchannels -@all +ping
 {{ end }}

@@ -62,6 +62,8 @@ tls:
   key: pki/kms.key
   client_ca: pki/ca.crt
 policy: policy.yaml
+# The page for operators: https://127.0.0.1:8443/ui/ with the certificate of `operator`.
+ui: true
 kek:
   path: kek.yaml
 store:

@@ -67,13 +67,26 @@ class RedisAudit:
             InvalidParameter: ``after`` is no id.
         """
         check_id(after)
-        reply = await self._router.read_one(
-            Call(CONTROL, ("XRANGE", AUDIT_KEY, f"({after}", "+", "COUNT", limit))
+        return _entries(
+            await self._router.read_one(
+                Call(CONTROL, ("XRANGE", AUDIT_KEY, f"({after}", "+", "COUNT", limit))
+            )
         )
-        try:
-            return [(entry_id.decode(), bytes(members[1])) for entry_id, members in reply]
-        except (IndexError, TypeError):
-            raise StoreUnavailable("an entry of the audit stream is not the service's") from None
+
+    async def tail(self, before: str | None, limit: int) -> list[tuple[str, bytes]]:
+        """Return up to ``limit`` records before an id, the latest first, each with its id.
+
+        Raises:
+            InvalidParameter: ``before`` is no id.
+        """
+        end = "+"
+        if before is not None:
+            if check_id(before) == (0, 0):
+                return []  # which Redis takes for no interval at all
+            end = f"({before}"
+        return _entries(
+            await self._router.read_one(Call(CONTROL, ("XREVRANGE", AUDIT_KEY, end, "-", "COUNT", limit)))
+        )
 
     async def trim(self, trim: Trim) -> bool:
         """Trim; False where the roster is another by now."""
@@ -86,6 +99,13 @@ class RedisAudit:
             script_call(CONTROL, scripts.AUDIT_TRIM, keys, *arguments, *trim.dropped)
         )
         return bool(reply == b"ok")
+
+
+def _entries(reply: Sequence[tuple[bytes, Sequence[bytes]]]) -> list[tuple[str, bytes]]:
+    try:
+        return [(entry_id.decode(), bytes(members[1])) for entry_id, members in reply]
+    except (IndexError, TypeError):
+        raise StoreUnavailable("an entry of the audit stream is not the service's") from None
 
 
 def _pairs(reply: Sequence[bytes]) -> dict[str, bytes]:
