@@ -139,15 +139,29 @@ lock: ## write the locks from pyproject.toml (ARGS=--upgrade for newer versions)
 	UV=$(BIN)/uv scripts/lock $(ARGS)
 
 .PHONY: openapi
-openapi: install ## write docs/openapi.json and the table in docs/errors.md
+openapi: install ## write docs/openapi.json
 	$(KMS) openapi > docs/openapi.json.new
 	mv docs/openapi.json.new docs/openapi.json
-	$(BIN)/python scripts/error_table.py
 
 .PHONY: check-openapi
-check-openapi: install ## are docs/openapi.json and docs/errors.md what the service says of itself?
+check-openapi: install ## is docs/openapi.json what the service says of itself?
 	$(KMS) openapi | diff -u docs/openapi.json -
-	$(BIN)/python scripts/error_table.py --check
+
+.PHONY: reference
+reference: install ## write the generated parts of docs/ (commands, settings, routes, metrics, errors)
+	$(BIN)/python scripts/reference.py
+
+# Builds without the network: nothing in the pages comes from elsewhere, which the check holds it to.
+.PHONY: docs
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: .venv-docs/.installed ## build the documentation site into site/, strictly (ARGS=serve shows it while you write)
+	.venv-docs/bin/mkdocs $(or $(ARGS),build --strict --clean)
+	.venv-docs/bin/python scripts/check_site.py site
+
+.venv-docs/.installed: requirements/docs.txt .venv/.installed
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv-docs
+	$(BIN)/uv pip install --quiet --python .venv-docs/bin/python --no-deps --require-hashes -r requirements/docs.txt
+	touch $@
 
 .PHONY: screenshots
 screenshots: install system-packages ## write docs/images from a real service in Chromium
@@ -203,14 +217,10 @@ test-cluster: install ## the chart's life on a real cluster: make test-cluster I
 # They are in `make test` too; ARGS=--full rotates 100,000 messages and kills the server 50 times meanwhile.
 .PHONY: test-examples
 test-examples: install system-packages ## the tests of examples/ (ARGS=--full for the long form)
-	$(PYTEST) tests/examples $(ARGS)
-
-.PHONY: docs
-docs:
-	@echo "make $@: there is nothing here yet" >&2; exit 1
+	$(PYTEST) tests/examples tests/recipes $(ARGS)
 
 .PHONY: clean
 clean: ## remove caches, reports and builds (.venv and .dev, which holds keys, stay)
-	rm -rf build dist htmlcov .coverage .coverage.* .hypothesis .schemathesis
-	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .venv-3.* .venv-audit .venv-fuzz
+	rm -rf build dist site htmlcov .coverage .coverage.* .hypothesis .schemathesis
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .venv-3.* .venv-audit .venv-docs .venv-fuzz
 	find service tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -74,7 +74,11 @@ def main() -> int:
         "image.txt": wanted(project, IMAGE_EXTRAS),
         "build.txt": [Requirement(line) for line in document["build-system"]["requires"]],
     }
-    problems = read_lock(ROOT / "requirements" / "audit.txt")[1]
+    problems = [
+        problem
+        for tool_box in ("audit.txt", "docs.txt", "fuzz.txt")
+        for problem in read_lock(ROOT / "requirements" / tool_box)[1]
+    ]
     tested: dict[str, Version] = {}
     for lock, requirements in wants.items():
         pins, bad_lines = read_lock(ROOT / "requirements" / lock)

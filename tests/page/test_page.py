@@ -26,7 +26,7 @@ from progressdb_kms.page.views import PAGES, REFRESH_IDLE, REFRESH_RUNNING, add_
 from progressdb_kms.ports import AuditEvent, StoreStatus
 from progressdb_kms.settings import Limits
 from progressdb_kms.usecases.audittail import TAIL, Entry, Proof, _parse
-from progressdb_kms.usecases.lifecycle import Wanted, create_deks
+from progressdb_kms.usecases.creation import Wanted, create_deks
 from progressdb_kms.usecases.session import PolicyBook, Session
 from tests.page.conftest import Reading, Scene
 from tests.page.hostile import HOSTILE

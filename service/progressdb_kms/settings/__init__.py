@@ -22,7 +22,7 @@ class UnixListen(Section, frozen=True, kw_only=True):
     """A Unix socket beside the TCP port. A peer is let in by SO_PEERCRED, its identity is ``uid:<n>``.
 
     Attributes:
-        path: Where the socket is made.
+        path: Where the socket is made, beside TCP or instead of it.
         mode: Octal file mode, as a string.
         group: Name or number of the socket's group; none leaves the process's own.
         allow_uids: Peers by user id.
@@ -37,7 +37,13 @@ class UnixListen(Section, frozen=True, kw_only=True):
 
 
 class Listen(Section, frozen=True, kw_only=True):
-    """Where the API is served. ``host: null`` serves the Unix socket only."""
+    """Where the API is served.
+
+    Attributes:
+        host: Address of the API; ``null`` serves the Unix socket only.
+        port: Its port; 0 for any free one.
+        unix: The Unix socket; without this section there is none.
+    """
 
     host: str | None = "0.0.0.0"  # noqa: S104 - a pod's address is not known before it runs; callers need a certificate
     port: Port = 8443
@@ -45,14 +51,29 @@ class Listen(Section, frozen=True, kw_only=True):
 
 
 class Admin(Section, frozen=True, kw_only=True):
-    """Plain HTTP for probes and metrics only: ``/livez``, ``/readyz``, ``/metrics``."""
+    """Plain HTTP for probes and metrics only: ``/livez``, ``/readyz``, ``/metrics``.
+
+    Attributes:
+        host: Its address.
+        port: Its port; 0 for any free one.
+    """
 
     host: str = "0.0.0.0"  # noqa: S104 - the kubelet and Prometheus call from outside the pod; nothing secret is served
     port: Port = 9090
 
 
 class Tls(Section, frozen=True, kw_only=True):
-    """PEM files of the server's certificate (chain), its key, and the CAs of the clients' certificates."""
+    """Certificates of the API, in PEM files. Needed for TCP, which is never served without them.
+
+    Attributes:
+        cert: The server's certificate, with its chain.
+        key: Its key. The file must be private like the KEK file.
+        client_ca: Bundle of the CAs that client certificates may come from, and no others.
+        client_crl: The revocation lists of these CAs, one after the other. Without it nothing is checked for
+            revocation.
+        require_current_crl: ``true``: past a list's next update nobody gets in until a newer one is there.
+            ``false``: the last list goes on counting.
+    """
 
     cert: Path
     key: Path
@@ -62,7 +83,13 @@ class Tls(Section, frozen=True, kw_only=True):
 
 
 class StoreTls(Section, frozen=True, kw_only=True):
-    """TLS towards the store: CA bundle, and client certificate with key where the store asks for one."""
+    """TLS towards the store.
+
+    Attributes:
+        ca: CA bundle of the store's certificate.
+        cert: Client certificate, where the store asks for one.
+        key: Its key.
+    """
 
     ca: Path
     cert: Path | None = None
@@ -73,14 +100,22 @@ class Store(Section, frozen=True, kw_only=True):
     """The Redis or Valkey that holds the keys.
 
     Attributes:
-        url: ``redis://``, ``rediss://``, ``unix://``, ``redis+sentinel://``, ``redis+cluster://``.
+        url: ``redis://``, ``rediss://`` (TLS), ``unix:///path?db=0``, ``redis+sentinel://h1:p,h2:p/name``,
+            ``redis+cluster://h1:p,h2:p``, and with ``rediss+`` the last two over TLS.
+        username: ACL user.
         password_file: File with the password, so that it stands in no configuration.
-        id_file: File with the id of the store that the KEK belongs to. With it no service makes a registry in
-            an empty store, and a store with another id is refused.
-        durability: ``checked`` asks the store; ``attested`` takes the operator's word instead.
-        attested_reason: Why that word can be taken; written to the audit log.
-        allow_data_loss: Serve on a store that can lose acknowledged keys. For trying things out only.
-        min_replicas: Replicas that must confirm each write.
+        id_file: File with the id of the store that the KEK belongs to (``provision`` writes it beside the
+            KEK). With it a service makes no registry in an empty store: it stays unready until the data is
+            back. A store with another id is refused, by every command too.
+        tls: Needed with TLS.
+        durability: ``checked`` asks the store; ``attested`` takes your word for what a managed store does not
+            let us ask.
+        attested_reason: Why that word can be taken; needed with ``attested``, and written to the audit log.
+        allow_data_loss: Serve on a store that can lose acknowledged keys. For trying things out only; warns
+            at every start.
+        min_replicas: Replicas that must confirm each write; at least 1 wherever one can be promoted.
+        connect_timeout: To open a connection.
+        command_timeout: For one round trip.
     """
 
     url: str
@@ -142,7 +177,7 @@ class Cache(Section, frozen=True, kw_only=True):
     Attributes:
         max_keys: At most so many; the least recently used go first.
         ttl: A key is read again after this time even if nothing changed.
-        max_stale: While the store does not answer, go on with cached keys for so long; 0 is never.
+        max_stale: While the store does not answer at all, go on with cached keys for so long; 0 is never.
     """
 
     max_keys: Count = 100_000
@@ -151,20 +186,35 @@ class Cache(Section, frozen=True, kw_only=True):
 
 
 class Drain(Section, frozen=True, kw_only=True):
-    """SIGTERM: unready at once, on for ``delay`` until the cluster has noticed, gone by ``timeout``."""
+    """How the service ends at SIGTERM: it is unready at once.
+
+    Attributes:
+        delay: Serve for so long while the cluster takes notice.
+        timeout: Then finish what is under way within this.
+    """
 
     delay: SecondsOrZero = 5
     timeout: Seconds = 20
 
 
 class Destruction(Section, frozen=True, kw_only=True):
-    """Waiting period of a destruction in days; the default where the caller names none."""
+    """Destruction of data keys.
+
+    Attributes:
+        waiting_days: Days that a scheduled destruction waits where the caller names none.
+    """
 
     waiting_days: Annotated[int, Meta(ge=7, le=30)] = 30
 
 
 class KubernetesSecret(Section, frozen=True, kw_only=True):
-    """The one Secret, and the key in it, that the KEK file is mounted from."""
+    """The one Secret that the KEK file is mounted from.
+
+    Attributes:
+        namespace: Its namespace.
+        secret: Its name.
+        key: The key in it that is the KEK file.
+    """
 
     namespace: Annotated[str, Meta(pattern="^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")]
     secret: Annotated[str, Meta(pattern="^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$")]
@@ -175,12 +225,15 @@ class Rotation(Section, frozen=True, kw_only=True):
     """How the rotation job goes about its work; options of the command override it.
 
     Attributes:
-        distribute: ``patch`` adds the new KEK version at the source; ``external`` takes what is added there.
+        distribute: ``patch``: the rotation adds the new KEK version at its source. ``external``: it never
+            writes, and takes the version that you add.
         kubernetes: The Secret, for ``kek.management: kubernetes``.
         wait: For all live instances, and the job's own KEK file, to show the new version.
-        batch: Records in one call of the store.
+        batch: Records in one call of the store: more make a rotation no faster, and live requests that need
+            the store wait longer behind it.
         max_rate: Records a second, 0 for as many as will go.
-        events: Write Kubernetes Events about rotations and backups, regarding the job's pod.
+        events: Write Kubernetes Events about rotations and backups, regarding the job's pod: needs
+            ``POD_NAME``, ``POD_NAMESPACE``, ``POD_UID`` in the environment, and the right to create events.
     """
 
     distribute: Literal["patch", "external"] = "patch"
@@ -192,7 +245,12 @@ class Rotation(Section, frozen=True, kw_only=True):
 
 
 class Escrow(Section, frozen=True, kw_only=True):
-    """Recovery public keys (X25519, PEM) that each KEK version is sealed to."""
+    """Copies of the KEK for recovery. With ``escrow: none``, the default, every rotation warns.
+
+    Attributes:
+        recipients: Recovery public keys (X25519, PEM; ``kek escrow keygen``) that each KEK version is sealed
+            to.
+    """
 
     recipients: Annotated[tuple[Path, ...], Meta(min_length=1)]
 
@@ -201,13 +259,14 @@ class Audit(Section, frozen=True, kw_only=True):
     """What is written down of decisions on keys, and where.
 
     Attributes:
-        key_file: The audit key (``audit keygen``); without it records are only printed, and nothing vouches
-            for them.
+        key_file: The audit key (``audit keygen``): records are chained and anchored. Without it they are only
+            printed, and nothing vouches for them. Read at the start.
         previous_keys: Public halves of keys that were used before this one, while the store holds their
             chains.
-        stdout: Print records.
+        stdout: Print records on standard output; commands on standard error.
         stream: With a key, keep records in the store's stream too: a change is refused if that can't be done.
-        stream_records: About so many stay there; older ones are trimmed behind a signed checkpoint.
+        stream_records: About so many stay there, 490 bytes of its memory each; older ones are trimmed behind a
+            signed checkpoint.
         directory: With a key, write records to files here too, fsynced: a change is refused if that can't be
             done.
         file_bytes: Size after which the next file is begun.
@@ -227,7 +286,12 @@ class Audit(Section, frozen=True, kw_only=True):
 
 
 class Log(Section, frozen=True, kw_only=True):
-    """Logs go to standard error, one JSON object a line, or coloured text for people."""
+    """The log, on standard error.
+
+    Attributes:
+        level: ``debug`` logs each request, never its content.
+        format: ``json``, one object a line, or ``text``, coloured for people.
+    """
 
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["json", "text"] = "json"
@@ -237,10 +301,24 @@ class Settings(Section, frozen=True, kw_only=True):
     """The whole configuration file.
 
     Attributes:
+        listen: Where the API is served.
         fast_door: Answer ordinary requests for hot routes on the spot; off, all go through the framework, in
             some ten times the CPU time and with the same answers.
         workers: Processes that serve, each able to use a core. Limits count for all of them together.
         ui: Serve the page for operators, under ``/ui/`` of the API.
+        admin: Probes and metrics.
+        tls: Certificates of the API.
+        policy: The policy file: who may do what.
+        kek: Where key-encryption keys come from.
+        store: Where data keys are kept.
+        limits: Bounds on callers.
+        cache: Unwrapped keys in memory.
+        drain: The end of the process.
+        destruction: Destruction of data keys.
+        rotation: Rotations of the KEK.
+        escrow: Copies of the KEK for recovery, or ``none``.
+        audit: The audit log.
+        log: The log.
     """
 
     workers: Annotated[int, Meta(ge=1, le=64)] = 1

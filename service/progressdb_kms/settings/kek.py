@@ -70,7 +70,8 @@ class Vault(Section, frozen=True, kw_only=True):
 class Aws(Section, frozen=True, kw_only=True):
     """AWS KMS, for the keys that the KEK file names ``aws:ARN``. Needs the extra ``aws``.
 
-    Credentials come from where the AWS SDK looks for them: environment, shared files, IRSA, pod identity.
+    ``kek: {aws: {}}`` is enough. Credentials come from where the AWS SDK looks for them: environment, shared
+    files, IRSA, pod identity.
 
     Attributes:
         endpoint: Address to call instead of that of the key's region.
@@ -85,6 +86,7 @@ class Kek(Section, frozen=True, kw_only=True):
     """Where key-encryption keys come from.
 
     Attributes:
+        source: The one kind that there is.
         path: The KEK file.
         management: Who a rotation gives a new version to: the file itself, or the Kubernetes Secret (named in
             ``rotation.kubernetes``) that it is mounted from.

@@ -1,0 +1,214 @@
+"""Runs what docs/tutorial.md shows, block by block, in one shell, as its reader does.
+
+The marks, which no reader sees, are comments on a line of their own:
+
+    <!-- test: part NAME -->     what follows, up to the next part, is run together
+    <!-- test: background -->    the next block goes on while the reader does other things in another terminal
+    <!-- test: ctrl-c -->        here the reader presses Ctrl-C in that terminal
+
+Blocks in ``sh`` are run; one that ends with a status other than 0 fails, in a pipe too. A block in ``text`` behind one
+is what it prints, standard error included. ``...`` stands for anything within a line, and on a line of its own for any
+number of lines; blanks at the ends of lines don't count, nor how many there are. What runs in the background is waited
+for until it has printed its block.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+_LINE: Final = re.compile(r"^```(?P<fence>\w*)$|^<!-- test: (?P<mark>.*) -->$")
+LANGUAGES: Final = frozenset({"sh", "text", "python", "yaml"})
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing that the reader does.
+
+    Attributes:
+        line: Where it stands in the page.
+        command: The block; empty for Ctrl-C.
+        expected: What it prints, None where the page does not say.
+        background: It goes on running.
+    """
+
+    line: int
+    command: str = ""
+    expected: str | None = None
+    background: bool = False
+
+
+def steps(page: str) -> dict[str, list[Step]]:
+    """Return what a page has its reader do, by part.
+
+    Raises:
+        ValueError: A block or a mark that would not be run, with its line.
+    """
+    found: dict[str, list[Step]] = {}
+    part: list[Step] | None = None
+    background = follows = False
+    lines = iter(enumerate(page.splitlines(), 1))
+    for number, line in lines:
+        match = _LINE.match(line)
+        if match is None:
+            if line.startswith(("```", "~~~", "    ", "\t", "<!-- test")) or line.lstrip().startswith("```"):
+                raise ValueError(f"line {number}: a block that nobody runs, or an unknown mark: {line}")
+            follows = follows and not line.strip()
+            continue
+        if mark := match["mark"]:
+            word, _, name = mark.partition(" ")
+            if word == "part" and name:
+                part = found.setdefault(name, [])
+            elif mark == "background":
+                background = True
+            elif mark == "ctrl-c" and part is not None:
+                part.append(Step(number))
+            else:
+                raise ValueError(f"line {number}: unknown mark: {mark}")
+            follows = False
+            continue
+        language, block = match["fence"], []
+        for _, inner in lines:
+            if inner == "```":
+                break
+            block.append(inner)
+        text = "\n".join(block) + "\n"
+        if language not in LANGUAGES or (language in {"sh", "text"} and part is None):
+            raise ValueError(f"line {number}: a block of no known kind, or outside of any part")
+        if language == "sh" and part is not None:
+            part.append(Step(number, text, background=background))
+            background, follows = False, True
+        elif language == "text" and part:
+            if not follows:
+                raise ValueError(f"line {number}: whose output is this? It has to follow its command")
+            last = part.pop()
+            part.append(Step(last.line, last.command, text, last.background))
+            follows = False
+    return found
+
+
+def _line_pattern(line: str) -> str:
+    if line.strip() == "...":
+        return r"(?:[^\n]*\n)*?"
+    words = (".*?".join(map(re.escape, word.split("..."))) for word in line.split())
+    return r"[^\S\n]*" + r"[^\S\n]+".join(words) + r"[^\S\n]*\n"
+
+
+def shows(expected: str, output: str, *, so_far: bool = False) -> bool:
+    """Tell whether a command printed what the page shows; ``so_far`` lets it have printed more behind that."""
+    if output and not output.endswith("\n"):
+        output += "\n"
+    pattern = "".join(map(_line_pattern, expected.splitlines()))
+    match = re.match if so_far else re.fullmatch
+    return match(pattern, output) is not None
+
+
+class Terminals:
+    """The reader's terminals: one shell, and what runs beside it.
+
+    Args:
+        directory: Where the checkout is.
+        scratch: For scripts and outputs.
+        environment: Of all commands.
+        deadline: Seconds that one step may take; only a failure meets it.
+    """
+
+    def __init__(self, directory: Path, scratch: Path, environment: dict[str, str], deadline: float) -> None:
+        self._directory = directory
+        self._scratch = scratch
+        self._environment = environment
+        self._deadline = deadline
+        self._beside: list[subprocess.Popen[bytes]] = []
+        self._shell: subprocess.Popen[bytes] = subprocess.Popen(
+            ["bash", "--noprofile", "--norc", "-e", "-o", "pipefail"],
+            cwd=directory,
+            env=environment,
+            stdin=subprocess.PIPE,
+            bufsize=0,
+            start_new_session=True,
+        )
+
+    def run(self, todo: Iterable[Step]) -> None:
+        """Do what the page says; the first step that does not go as it says fails the test."""
+        for step in todo:
+            if not step.command:
+                self._interrupt()
+            elif step.background:
+                self._begin(step)
+            else:
+                self._do(step)
+
+    def close(self) -> None:
+        """End whatever runs."""
+        self._interrupt()
+        self._end(self._shell, signal.SIGKILL)
+        assert self._shell.stdin is not None
+        self._shell.stdin.close()
+
+    def _files(self, step: Step) -> tuple[Path, Path]:
+        script = self._scratch / f"{step.line}.sh"
+        script.write_text(step.command)
+        return script, script.with_suffix(".out")
+
+    def _do(self, step: Step) -> None:
+        script, output = self._files(step)
+        done = script.with_suffix(".done")
+        assert self._shell.stdin is not None
+        # Sourced, so that variables stay; a failure ends the shell before it can say that it is done.
+        self._shell.stdin.write(f". {script} > {output} 2>&1 < /dev/null\n: > {done}\n".encode())
+        self._wait(step, output, self._shell, done.exists)
+        printed = output.read_text()
+        assert step.expected is None or shows(step.expected, printed), (
+            f"line {step.line} printed another thing than the tutorial shows:\n{printed}\ninstead of:\n{step.expected}"
+        )
+
+    def _begin(self, step: Step) -> None:
+        script, output = self._files(step)
+        with output.open("wb") as file:
+            process = subprocess.Popen(
+                ["bash", "-e", str(script)],
+                cwd=self._directory,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
+        self._beside.append(process)
+        self._wait(step, output, process, lambda: shows(step.expected or "", output.read_text(), so_far=True))
+
+    def _wait(
+        self, step: Step, output: Path, process: subprocess.Popen[bytes], done: Callable[[], bool]
+    ) -> None:
+        end = time.monotonic() + self._deadline
+        while not done():
+            # Once more after the end: it may have come between the two questions.
+            ended = process.poll() is not None and not done()
+            if ended or time.monotonic() > end:
+                why = "ended" if ended else "has not come to its end"
+                printed = output.read_text() if output.exists() else ""
+                raise AssertionError(f"line {step.line} {why}:\n{step.command}\n{printed[-4000:]}")
+            time.sleep(0.05)
+
+    def _interrupt(self) -> None:
+        for process in self._beside:
+            self._end(process, signal.SIGINT)
+        self._beside = []
+
+    def _end(self, process: subprocess.Popen[bytes], number: int) -> None:
+        if process.poll() is None:
+            # The whole group, as a terminal does: what make started gets it from the terminal too.
+            os.killpg(process.pid, number)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                raise
