@@ -16,7 +16,7 @@ import msgspec
 from msgspec.structs import replace
 
 from progressdb_kms.client import AdminClient, CreatedDek, SyncKmsProvider
-from progressdb_kms.domain.errors import KeyDestroyed, KeyNotFound
+from progressdb_kms.domain.errors import KeyDestroyed
 
 from .cipher import PLAIN
 from .store import Store
@@ -241,5 +241,5 @@ class ThreadKeys:
             try:
                 info = self._admin.schedule_destruction(key_id)
                 log.info("key %s will be destroyed at %s", key_id, info.destroy_at)
-            except (KeyDestroyed, KeyNotFound) as error:
-                log.warning("key %s is gone already: %s", key_id, error.code)
+            except KeyDestroyed:
+                log.warning("key %s is destroyed already", key_id)

@@ -7,9 +7,10 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import msgspec
 import pytest
@@ -21,7 +22,7 @@ from examples.chat_server.rotation import Worker
 from examples.chat_server.store import Store
 from examples.chat_server.threads import Threads
 from progressdb_kms.client import AdminClient, SyncKmsProvider, open_sync_provider
-from progressdb_kms.domain.errors import KeyPendingDestruction
+from progressdb_kms.domain.errors import KeyDestroyed, KeyNotFound, KeyPendingDestruction, PermissionDenied
 from tests.examples.chat import Chat, eventually, fill, insider
 
 THREAD = "long"
@@ -388,6 +389,26 @@ def test_a_batch_under_a_key_of_before_is_not_stored(
     assert before == [store.scan("thread:") + store.scan(JOBS)]
     work(keys)
     assert texts_of(keys, "t") == texts
+    store.close()
+
+
+def test_a_key_that_the_kms_does_not_know_is_not_taken_for_destroyed(
+    tmp_path: Path, kms: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the wrong KMS a deletion waits, with all messages; one that is destroyed already lets it go on."""
+    store = Store(tmp_path / "db")
+    keys, ends = keys_on(store, kms)
+    fill(keys, "t", 3)
+    keys.start("t", "delete")
+    for error, ended in [
+        (KeyNotFound(), False),
+        (PermissionDenied("key:destroy", "dns:chat"), False),
+        (KeyDestroyed(), True),
+    ]:
+        monkeypatch.setattr(ends, "schedule_destruction", Mock(side_effect=error))
+        with nullcontext() if ended else pytest.raises(type(error)):
+            work(keys)
+        assert bool(store.scan("thread:")) is not ended
     store.close()
 
 
