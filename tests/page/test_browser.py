@@ -237,6 +237,8 @@ def test_hostile_text_is_text(tmp_path: Path, tab: Open) -> None:
             caller = Client(made.tls_with(*files), f"{made.host}:{made.port}")
             caller.create(name)
             caller.close()
+            if name not in names[::4]:  # the records of the others are on the pages below
+                continue
             watched = tab(made, files)
             assert watched.open("/ui/audit") == 200
             expect(watched.page.locator("footer")).to_contain_text(f"cn:{name}")
@@ -255,30 +257,6 @@ def test_hostile_text_is_text(tmp_path: Path, tab: Open) -> None:
             watched.assert_quiet()
 
 
-def test_the_policy_stops_what_escaping_would_miss(service: DevService, tab: Open) -> None:
-    """Were markup to get into the page all the same: no script, style, form and frame of it counts."""
-    markup = (
-        "<script>window.pwned=1</script><img src=x onerror=window.pwned=1><style>h1{display:none}</style>"
-        "<img src=http://127.0.0.1:9/leak><script src=http://127.0.0.1:9/leak></script>"
-        "<iframe src=/ui/></iframe>"
-        "<link rel=stylesheet href=http://127.0.0.1:9/leak><base href=http://127.0.0.1:9/>"
-        "<form id=evil action=http://127.0.0.1:9/ method=post><input name=a><button>go</button></form>"
-    )
-    watched = tab(service)
-
-    def spoil(route: Route) -> None:
-        answer = route.fetch()
-        route.fulfill(response=answer, body=answer.text().replace("<main", markup + "<main"))
-
-    watched.page.route("**/ui/", spoil)
-    assert watched.open("/ui/") == 200
-    watched.page.evaluate("document.getElementById('evil').requestSubmit()")
-    expect(watched.page.get_by_role("heading", level=1)).to_be_visible()
-    assert watched.page.evaluate("window.pwned") is None
-    assert len([line for line in watched.said if "Content Security Policy" in line]) >= 7
-    assert watched.page.evaluate("document.baseURI") == watched.base + "/ui/"
-
-
 # Other sites' pages
 
 
@@ -289,6 +267,7 @@ class Elsewhere(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Answers)
+        self.asked: list[str] = []
 
     @property
     def url(self) -> str:
@@ -299,11 +278,14 @@ class Elsewhere(ThreadingHTTPServer):
 class _Answers(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Send the page."""
+        assert isinstance(self.server, Elsewhere)
+        self.server.asked.append(self.requestline)
         self.send_response(200)
         self.send_header("Content-Type", "text/html")
         self.end_headers()
-        assert isinstance(self.server, Elsewhere)
         self.wfile.write(self.server.page)
+
+    do_POST = do_GET  # noqa: N815 - as the base class asks for
 
     def log_message(self, *_: object) -> None:
         """Say nothing."""
@@ -321,6 +303,37 @@ def elsewhere() -> Iterator[Elsewhere]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def test_the_policy_stops_what_escaping_would_miss(
+    service: DevService, tab: Open, elsewhere: Elsewhere
+) -> None:
+    """Were markup to get into the page all the same: no script, style, form and frame of it counts."""
+    url = elsewhere.url
+    markup = (
+        "<script>window.pwned=1</script><img src=x onerror=window.pwned=1><style>h1{display:none}</style>"
+        f"<img src={url}><script src={url}></script><iframe src=/ui/></iframe><iframe src={url}></iframe>"
+        f"<link rel=stylesheet href={url}><base href={url}>"
+        f"<form id=evil action={url} method=post><input name=a></form>"
+    )
+    watched = tab(service)
+
+    def spoil(route: Route) -> None:
+        answer = route.fetch()
+        route.fulfill(response=answer, body=answer.text().replace("<main", markup + "<main"))
+
+    watched.page.route("**/ui/", spoil)
+    assert watched.open("/ui/") == 200
+    assert watched.page.locator("#evil").count() == 1
+    expect(watched.page.get_by_role("heading", level=1)).to_be_visible()
+    assert watched.page.evaluate("document.baseURI") == watched.base + "/ui/"
+    with watched.page.expect_console_message(lambda message: "form-action" in message.text):
+        watched.page.evaluate("document.getElementById('evil').requestSubmit()")
+    assert watched.page.evaluate("window.pwned") is None
+    said = "\n".join(watched.said)
+    for what in ("inline script", "inline style", "the script", "the image", "the stylesheet", "base URI"):
+        assert what in said, said
+    assert elsewhere.asked == []
 
 
 def metric(service: DevService, route: str, code: str) -> float:

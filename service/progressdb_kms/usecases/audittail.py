@@ -29,7 +29,7 @@ SCAN: Final = 2000
 """Records that are looked through for one key at a time."""
 FOUND: Final = 50
 """Records of one key at a time."""
-_PAGE: Final = 250
+_PAGE: Final = 100
 _SLICE: Final = 16
 """Records after which others have their turn: a signed one takes some 0.1 ms."""
 _LONGEST: Final = 2**20
