@@ -26,7 +26,8 @@ def go(*arguments: str, cwd: Path = MODULE, **environment: str) -> subprocess.Co
         "GOPROXY": "off",
         "GOFLAGS": "-mod=mod -buildvcs=false",
         "GOTOOLCHAIN": "local",
-        "GOWORK": "off", "CGO_ENABLED": "1",
+        "GOWORK": "off",
+        "CGO_ENABLED": "1",
     }
     return subprocess.run(
         ["go", *arguments],
