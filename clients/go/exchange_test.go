@@ -3,6 +3,7 @@ package kms
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net/http"
 	"strings"
@@ -170,6 +171,35 @@ func TestCutConnections(t *testing.T) {
 	client, _ = s.client(t)
 	if err := client.Health(context.Background()); !errors.Is(err, ErrConnectionFailed) || !IsRetryable(err) {
 		t.Error(err)
+	}
+}
+
+// A kept connection that the service has just closed is not a failure: the request goes over another.
+func TestKeptConnectionThatWasClosed(t *testing.T) {
+	s := newStandIn(t, answerWith(encrypted), cut(""), answerWith(encrypted))
+	client, _ := s.client(t, func(c *Config) { c.Retries = -1 })
+	for range 2 {
+		_, _, err := client.EncryptWithDEK(context.Background(), "k_1", []byte("m"), nil)
+		check(t, err)
+	}
+	if len(s.got()) != 3 {
+		t.Errorf("%d requests", len(s.got()))
+	}
+}
+
+// What is not HTTP is not quoted: it may be a piece of a message.
+func TestWhatIsNotHTTP(t *testing.T) {
+	for _, text := range []string{"SECRET\r\n\r\n", "HTTP/1.1 SECRET\r\n\r\n", "HTTP/1.1 200 OK\r\nSECRET\r\n\r\n", "HTTP/1.1 200 OK\r\nContent-Length: SECRET\r\n\r\n"} {
+		client, _ := newStandIn(t, cut(text)).client(t)
+		_, err := client.DecryptWithDEK(context.Background(), "k", nil, nil)
+		if !errors.Is(err, ErrConnectionFailed) {
+			t.Error(err)
+		}
+		for ; err != nil; err = errors.Unwrap(err) {
+			if strings.Contains(fmt.Sprintf("%v %+v %#v", err, err, err), "SECRET") {
+				t.Errorf("quoted: %v", err)
+			}
+		}
 	}
 }
 

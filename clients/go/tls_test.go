@@ -149,7 +149,7 @@ func TestRefusals(t *testing.T) {
 		says   string
 	}{
 		"a service of another CA":     {func(t *testing.T, s *scene) { s.serveAs("localhost", other, s.ca) }, "not accepted"},
-		"a certificate of another CA": {func(t *testing.T, s *scene) { s.renew(t, other, "chat") }, "refuses the client certificate"},
+		"a certificate of another CA": {func(t *testing.T, s *scene) { s.renew(t, other, "chat") }, "refuses the client certificate: tls: unknown certificate authority"},
 		"no certificate": {func(t *testing.T, s *scene) { s.config.CertFile, s.config.KeyFile = "", "" },
 			"CertFile"},
 		"another host": {func(t *testing.T, s *scene) { s.serveAs("elsewhere", s.ca, s.ca) }, "127.0.0.1"},

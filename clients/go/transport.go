@@ -181,7 +181,7 @@ func tlsConfig(config Config) (*tls.Config, error) {
 }
 
 // transportError puts an error of the network into this package's words. Its text holds addresses and
-// names of certificates, and nothing that was sent.
+// names of certificates, and nothing that was sent or came back.
 func transportError(ctx context.Context, err error, certificate bool) *Error {
 	if failed := contextError(ctx, err); failed != nil {
 		return failed
@@ -208,11 +208,22 @@ func transportError(ctx context.Context, err error, certificate bool) *Error {
 		}
 		return &Error{Code: ErrTLSFailed, Detail: oneLine(detail), err: err}
 	}
-	detail := err.Error()
-	if !certificate {
-		detail += "; no client certificate was given (CertFile, KeyFile)"
+	failed := &Error{Code: ErrConnectionFailed, Retryable: true}
+	var timeout net.Error
+	switch {
+	case network != nil:
+		failed.Detail, failed.err = network.Error(), network
+	case errors.As(err, &timeout) && timeout.Timeout():
+		failed.Detail = "the connection took too long"
+	default:
+		// net/http quotes in its errors what it could not read, which may be part of a message.
+		failed.Detail = "the connection ended before the answer, or the answer was not HTTP"
 	}
-	return &Error{Code: ErrConnectionFailed, Detail: oneLine(detail), Retryable: true, err: err}
+	if !certificate {
+		failed.Detail += "; no client certificate was given (CertFile, KeyFile)"
+	}
+	failed.Detail = oneLine(failed.Detail)
+	return failed
 }
 
 // contextError returns the error of a context that has ended, nil while it goes on. A deadline that the

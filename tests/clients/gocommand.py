@@ -27,6 +27,7 @@ def go(*arguments: str, cwd: Path = MODULE, **environment: str) -> subprocess.Co
         "GOFLAGS": "-mod=mod -buildvcs=false",
         "GOTOOLCHAIN": "local",
         "GOWORK": "off",
+        "CGO_ENABLED": "1",
     }
     return subprocess.run(
         ["go", *arguments],

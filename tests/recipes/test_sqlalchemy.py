@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import Engine, create_engine, insert, select, update
 from sqlalchemy.exc import StatementError
 from sqlalchemy.orm import Session, sessionmaker
@@ -52,6 +55,26 @@ def test_messages_come_back_and_are_stored_encrypted(
     stored = b"".join(path.read_bytes() for path in file.parent.iterdir() if path.is_file())
     assert ids[0].encode() in stored
     assert b"secret words" not in stored
+
+
+def test_a_page_costs_one_request(
+    sessions: sessionmaker[Session], kms: SyncKmsProvider, ready: dict[str, Any]
+) -> None:
+    """Posting and reading a hundred messages is one request each, and one more makes the key."""
+
+    def answered() -> float:
+        with urllib.request.urlopen(f"{ready['admin_url']}/metrics") as answer:  # noqa: S310 - our own, on loopback
+            text = answer.read().decode()
+        (family,) = [each for each in text_string_to_metric_families(text) if each.name == "kms_requests"]
+        return sum(sample.value for sample in family.samples if sample.name == "kms_requests_total")
+
+    before = answered()
+    ids = post(sessions, kms, new_thread(), [f"message {n}" for n in range(100)])
+    assert answered() == before + 2
+    with sessions() as session:
+        messages = [session.get_one(Message, row) for row in ids]
+    assert len(read(kms, messages)) == 100
+    assert answered() == before + 3
 
 
 def test_threads_of_many_writers_have_one_key(sessions: sessionmaker[Session], kms: SyncKmsProvider) -> None:
