@@ -88,7 +88,7 @@ class _Opened:
     dek: bytes
 
     def __repr__(self) -> str:
-        return f"_Opened(key_id={self.key.key_id!r})"
+        return f"_Opened(line={self.line})"
 
 
 class Mover:
