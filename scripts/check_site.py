@@ -35,7 +35,9 @@ class _Page(HTMLParser):
             fetched = name in _FETCHED or (name in {"href", "xlink:href"} and tag not in _CLICKED)
             # Of a srcset each address counts; elsewhere a comma is a part of the one.
             addresses = (value or "").split(",") if name == "srcset" else [value or ""]
-            self.found += [f"<{tag} {name}={one.strip()}>" for one in addresses if fetched and _FOREIGN.match(one)]
+            self.found += [
+                f"<{tag} {name}={one.strip()}>" for one in addresses if fetched and _FOREIGN.match(one)
+            ]
             if name == "style":
                 self.found += _CSS.findall(value or "")
             # The theme's script fetches the renderer of diagrams from elsewhere as soon as a page has one.

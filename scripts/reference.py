@@ -140,7 +140,9 @@ def settings() -> str:
     for field in info.fields:
         section = _section_of(field.type)
         if section is None:
-            top.append([f"`{field.name}`", _values(field.type), _default(field), _cell(described[field.name])])
+            top.append(
+                [f"`{field.name}`", _values(field.type), _default(field), _cell(described[field.name])]
+            )
             continue
         rows = list(_setting_rows(section, f"{field.name}."))
         paragraphs = [_prose(section), *_subsections(section, f"{field.name}."), _table(columns, rows)]
@@ -237,7 +239,9 @@ def every_metric() -> dict[str, tuple[str, str, list[str]]]:
     found: dict[str, tuple[str, str, list[str]]] = {}
     for collector in metrics.registry._collector_to_names:  # noqa: SLF001 - the library has no other way to list them
         if type(collector).__name__ == "_FactsCollector":
-            found |= {name: ("gauge", text, [label] if label else []) for name, (label, text) in ROTATION.items()}
+            found |= {
+                name: ("gauge", text, [label] if label else []) for name, (label, text) in ROTATION.items()
+            }
         elif hasattr(collector, "_documentation"):
             name = collector._name + ("_total" if collector._type == "counter" else "")
             found[name] = (collector._type, collector._documentation, list(collector._labelnames))

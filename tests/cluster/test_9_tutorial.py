@@ -37,7 +37,11 @@ def namespaces() -> Iterator[list[Kube]]:
 
 
 def test_tutorial(
-    image: str, namespaces: list[Kube], tmp_path: Path, saw: Callable[[str], None], stopwatch: Callable[[], float]
+    image: str,
+    namespaces: list[Kube],
+    tmp_path: Path,
+    saw: Callable[[str], None],
+    stopwatch: Callable[[], float],
 ) -> None:
     """Every command of the part `cluster` does what the page says, from the image to the clean-up."""
     checkout, tools, scratch = (tmp_path / name for name in ("checkout", "tools", "scratch"))

@@ -42,9 +42,7 @@ def test_every_part_is_run() -> None:
     """Each block of commands belongs to a part that a test runs, and says what it prints or prints nothing."""
     parts = steps(TUTORIAL.read_text())
     assert set(parts) == {"local", "cluster"}
-    assert "steps(TUTORIAL.read_text())[\"cluster\"]" in (
-        ROOT / "tests/cluster/test_9_tutorial.py"
-    ).read_text()
+    assert 'steps(TUTORIAL.read_text())["cluster"]' in (ROOT / "tests/cluster/test_9_tutorial.py").read_text()
 
 
 PAGE = """

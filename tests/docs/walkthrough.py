@@ -184,7 +184,9 @@ class Terminals:
         self._beside.append(process)
         self._wait(step, output, process, lambda: shows(step.expected or "", output.read_text(), so_far=True))
 
-    def _wait(self, step: Step, output: Path, process: subprocess.Popen[bytes], done: Callable[[], bool]) -> None:
+    def _wait(
+        self, step: Step, output: Path, process: subprocess.Popen[bytes], done: Callable[[], bool]
+    ) -> None:
         end = time.monotonic() + self._deadline
         while not done():
             # Once more after the end: it may have come between the two questions.
