@@ -1,8 +1,9 @@
 """Hooks of mkdocs: pages of the site that lie outside docs/, and links that lead to them.
 
-Pages are written to be read in a checkout too, so their links name files of the repository. Whatever they name outside
-docs/ becomes a part of the site under ``repository/``, Markdown as a page and anything else as it is, and the README
-is the site's first page. So no link leads to another host, and ``mkdocs build --strict`` checks all of them.
+Pages are written to be read in a checkout too, so their links name files of the repository. Whatever they
+name outside docs/ becomes a part of the site under ``repository/``, Markdown as a page and anything else as
+it is, and the README is the site's first page. So no link leads to another host, and ``mkdocs build
+--strict`` checks all of them.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def targets(markdown: str, uri: str) -> set[str]:
 
 
 def rewrite(markdown: str, uri: str) -> str:
-    """Return a page with its links as they have to be in the site; what leads nowhere stays, for mkdocs to refuse."""
+    """Return a page with its links as they are in the site; one that leads nowhere stays as it is."""
 
     def link(match: re.Match[str]) -> str:
         source = _resolve(match[1], uri)
@@ -87,7 +88,8 @@ def _nav_pages(nav: Any) -> Iterator[str]:  # noqa: ANN401 - what YAML holds
 def _spread(nav: Any) -> Any:  # noqa: ANN401 - likewise
     """Put the decisions in where the navigation names their folder, so that a new one need not be listed."""
     if nav == DECISIONS:
-        return sorted((path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs/adr").glob("*.md")), reverse=True)  # fmt: skip
+        decisions = sorted((ROOT / "docs" / DECISIONS).glob("[0-9]*.md"))
+        return [f"{DECISIONS}README.md", *(f"{DECISIONS}{path.name}" for path in decisions)]
     if isinstance(nav, dict):
         return {title: _spread(entry) for title, entry in nav.items()}
     return [_spread(entry) for entry in nav] if isinstance(nav, list) else nav

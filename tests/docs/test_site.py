@@ -57,7 +57,7 @@ def test_own_files_and_links_are_allowed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("uri", "link", "becomes"),
+    "uri, link, becomes",
     [
         ("rotation.md", "audit.md#verifying", "audit.md#verifying"),
         ("kubernetes.md", "../benchmarks/README.md", "repository/benchmarks/README.md"),
