@@ -13,7 +13,7 @@ from tests.docs.walkthrough import steps
 
 @pytest.mark.parametrize("image", ["progressdb-kms:0.1.0", "registry.example:5000/kms:1.2"])
 def test_values_of_the_tutorial(image: str, tmp_path: Path) -> None:
-    """The values that its commands write are taken, whatever the image's name, and give chat its certificate."""
+    """The values that its commands write are taken, whatever the image is called; chat gets a certificate."""
     commands = [step.command for step in steps((ROOT / "docs" / "tutorial.md").read_text())["cluster"]]
     written = [
         command[command.index("cat > ") : command.index("\nEND\n") + 5]
@@ -24,7 +24,7 @@ def test_values_of_the_tutorial(image: str, tmp_path: Path) -> None:
     subprocess.run(
         ["bash", "-euc", "".join(written)], cwd=tmp_path, env=os.environ | {"IMAGE": image}, check=True
     )
-    values = {}
+    values: dict[str, object] = {}
     for path in sorted(tmp_path.iterdir()):
         values |= yaml.safe_load(path.read_text())
     rendered = objects(values, release="progressdb-kms")
