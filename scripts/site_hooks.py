@@ -30,7 +30,7 @@ def source_of(uri: str) -> str:
 
 
 def uri_of(source: str) -> str:
-    """Return where the site has a file of the repository; a folder stands for its README.md."""
+    """Return where the site has a file of the repository; a folder, for its README.md or a list."""
     if (ROOT / source).is_dir():
         source = posixpath.join(source, "README.md")
     if source == "README.md":
@@ -77,6 +77,12 @@ def rewrite(markdown: str, uri: str) -> str:
     return "".join(_LINK.sub(link, line) if text else line for line, text in _outside_code(markdown))
 
 
+def folder_page(folder: Path) -> str:
+    """Return the page of a folder that has no README.md: its files."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    return "\n".join([f"# {folder.name}", "", *(f"- [{name}]({name})" for name in names), ""])
+
+
 def _nav_pages(nav: Any) -> Iterator[str]:  # noqa: ANN401 - what YAML holds
     if isinstance(nav, str):
         yield nav
@@ -113,11 +119,16 @@ def on_files(files: Any, config: Any) -> Any:  # noqa: ANN401 - likewise
         uri = waiting.pop()
         seen.add(uri)
         path = ROOT / source_of(uri)
-        if uri not in present and path.is_file():
-            files.append(File.generated(config, uri, abs_src_path=str(path)))
+        listed = path.name == "README.md" and not path.is_file() and path.parent.is_dir()
+        if not listed and not path.is_file():
+            continue
+        if uri not in present:
+            origin = {"content": folder_page(path.parent)} if listed else {"abs_src_path": str(path)}
+            files.append(File.generated(config, uri, **origin))
             present.add(uri)
-        if uri.endswith(".md") and path.is_file():
-            waiting |= targets(path.read_text(encoding="utf-8"), uri) - seen
+        if uri.endswith(".md"):
+            text = folder_page(path.parent) if listed else path.read_text(encoding="utf-8")
+            waiting |= targets(text, uri) - seen
     return files
 
 

@@ -84,6 +84,18 @@ def test_links_of_the_repository_become_those_of_the_site(uri: str, link: str, b
     )
 
 
+def test_folder_without_a_readme_is_listed(tmp_path: Path) -> None:
+    """A link to such a folder leads to a page of its files, which are in the site too."""
+    (tmp_path / "b.py").touch()
+    (tmp_path / "a.py").touch()
+    (tmp_path / "inner").mkdir()
+    page = site_hooks.folder_page(tmp_path)
+    assert page == f"# {tmp_path.name}\n\n- [a.py](a.py)\n- [b.py](b.py)\n"
+    assert site_hooks.targets("[it](../scripts)", "audit.md") == {"repository/scripts/README.md"}
+    listed = site_hooks.folder_page(ROOT / "scripts")
+    assert "repository/scripts/lock" in site_hooks.targets(listed, "repository/scripts/README.md")
+
+
 @pytest.mark.parametrize("link", ["nothing.md", "../nothing.md", "../../../etc/passwd"])
 def test_links_that_lead_nowhere_stay(link: str) -> None:
     """So that the strict build refuses them; and nothing from outside the repository gets into the site."""
