@@ -154,8 +154,8 @@ reference: install ## write the generated parts of docs/ (commands, settings, ro
 # Builds without the network: nothing in the pages comes from elsewhere, which the check holds it to.
 .PHONY: docs
 docs: export NO_MKDOCS_2_WARNING := 1
-docs: .venv-docs/.installed ## build the documentation site into site/, strictly (ARGS=serve shows it while you write)
-	.venv-docs/bin/mkdocs $(or $(ARGS),build --strict --clean)
+docs: .venv-docs/.installed ## build the documentation site into site/, strictly, without the network
+	.venv-docs/bin/mkdocs build --strict --clean
 	.venv-docs/bin/python scripts/check_site.py site
 
 .venv-docs/.installed: requirements/docs.txt .venv/.installed

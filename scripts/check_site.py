@@ -2,8 +2,9 @@
 
 usage: scripts/check_site.py DIRECTORY
 
-A reader of these pages runs a key service: nobody else needs to learn of it, and the pages have to work where there
-is no internet. Links that somebody has to click (RFCs) are allowed; whatever a browser fetches by itself is not.
+A reader of these pages runs a key service: nobody else needs to learn of it, and the pages have to work
+where there is no internet. Links that somebody has to click (RFCs) are allowed; whatever a browser fetches
+by itself is not.
 
 Exit status: 0, or 1 with one line for each finding.
 """
@@ -48,7 +49,7 @@ class _Page(HTMLParser):
         if self._style:
             self.found += _CSS.findall(data)
 
-    def handle_endtag(self, tag: str) -> None:
+    def handle_endtag(self, _tag: str) -> None:
         self._style = False
 
 

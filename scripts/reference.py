@@ -1,8 +1,8 @@
 """Write the generated parts of the reference in docs/.
 
-A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end of generated -->`` in a page whose other
-text is written by hand. The parts are committed, so that a checkout and a review show them without a build, and
-``tests/docs/test_reference.py`` holds them to the code, so that they can't lie.
+A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end of generated -->`` in a page whose
+other text is written by hand. The parts are committed, so that a checkout and a review show them without a
+build, and ``tests/docs/test_reference.py`` holds them to the code, so that they can't lie.
 """
 
 from __future__ import annotations
@@ -65,22 +65,20 @@ def _values(kind: types.Type) -> str:
             return _values(next(one for one in kind.types if not isinstance(one, types.NoneType)))
         case types.LiteralType():
             return " or ".join(f"`{value}`" for value in kind.values)
-        case types.BoolType():
-            return "`true` or `false`"
-        case types.IntType():
-            bounds = [str(bound) for bound in (kind.ge, kind.le) if bound is not None]
-            return " to ".join(bounds) or "whole number"
-        case types.FloatType() if kind.gt is not None:
-            return f"above {kind.gt:g}, up to {kind.le:g}"
-        case types.FloatType():
-            return f"{kind.ge:g} to {kind.le:g}"
         case types.VarTupleType():
             return f"list: {_values(kind.item_type)}"
+        case types.IntType() | types.FloatType():
+            return _bounds(kind)
         case types.CustomType(cls=cls) if cls is Path:
             return "path"
-        case types.StrType():
-            return "text"
-    raise TypeError(f"no words for {kind}")
+    # Whatever else a setting may become one day needs words of its own.
+    return {types.StrType: "text", types.BoolType: "`true` or `false`"}[type(kind)]
+
+
+def _bounds(kind: types.IntType | types.FloatType) -> str:
+    if kind.gt is not None:
+        return f"above {kind.gt:g}, up to {kind.le:g}"
+    return " to ".join(str(bound) for bound in (kind.ge, kind.le) if bound is not None) or "whole number"
 
 
 def _default(field: types.Field) -> str:
@@ -232,31 +230,22 @@ def _takes(operation: dict[str, Any], schemas: dict[str, Any]) -> str:
 def every_metric() -> dict[str, tuple[str, str, list[str]]]:
     """Return type, help and labels of every metric, by the name that Prometheus shows."""
     metrics = Metrics()
-    # The gauges' functions are called at a scrape alone, so nothing behind them has to exist here.
     tls = SimpleNamespace(client_crl=Path())
-    service = SimpleNamespace(
-        metrics=metrics,
-        audit=None,
-        tls=tls,
-        settings=SimpleNamespace(tls=tls),
-        speaker=None,
-        unready=list,
-        place=SimpleNamespace(board=SimpleNamespace(places=(), restarts=0)),
-    )
-    add_gauges(cast("Any", service), cast("Any", None))
-    found: dict[str, tuple[str, str, list[str]]] = {}
-    for collector in metrics.registry._collector_to_names:  # noqa: SLF001 - the library has no other way to list them
-        if type(collector).__name__ == "_FactsCollector":
-            found |= {
-                name: ("gauge", text, [label] if label else []) for name, (label, text) in ROTATION.items()
-            }
-        elif hasattr(collector, "_documentation"):
-            name = collector._name + ("_total" if collector._type == "counter" else "")
-            found[name] = (collector._type, collector._documentation, list(collector._labelnames))
-        elif type(collector).__name__ in {"RequestSums", "_CountCollector"}:
-            for family in cast("Any", collector).collect():
+    service: Any = SimpleNamespace(metrics=metrics, audit=None, tls=tls, settings=SimpleNamespace(tls=tls))
+    service.rotations = SimpleNamespace(facts=lambda _: {})
+    service.speaker, service.unready = None, list
+    service.place = SimpleNamespace(board=SimpleNamespace(places=(), restarts=0))
+    add_gauges(service, cast("Any", None))
+    found = {name: ("gauge", text, [label] if label else []) for name, (label, text) in ROTATION.items()}
+    # The library lists its collectors, and the labels of what has no samples, nowhere else.
+    for collector in cast("Any", metrics.registry)._collector_to_names:  # noqa: SLF001 - see above
+        labels = getattr(collector, "_labelnames", None)
+        # Described, not collected, where that can be: the gauges' functions have nothing behind them here.
+        for family in getattr(collector, "describe", list)() or collector.collect():
+            if family.name.startswith("kms_"):
                 name = family.name + ("_total" if family.type == "counter" else "")
-                found[name] = (family.type, family.documentation, list(family._labelnames))  # noqa: SLF001 - as above
+                names = family._labelnames if labels is None else labels  # noqa: SLF001 - see above
+                found[name] = (family.type, family.documentation, list(names))
     return found
 
 

@@ -1,8 +1,9 @@
 """Hooks of mkdocs: pages of the site that lie outside docs/, and links that lead to them.
 
-Pages are written to be read in a checkout too, so their links name files of the repository. Whatever they name outside
-docs/ becomes a part of the site under ``repository/``, Markdown as a page and anything else as it is, and the README
-is the site's first page. So no link leads to another host, and ``mkdocs build --strict`` checks all of them.
+Pages are written to be read in a checkout too, so their links name files of the repository. Whatever they
+name outside docs/ becomes a part of the site under ``repository/``, Markdown as a page and anything else as
+it is, and the README is the site's first page. So no link leads to another host, and ``mkdocs build
+--strict`` checks all of them.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def source_of(uri: str) -> str:
 
 
 def uri_of(source: str) -> str:
-    """Return where the site has a file of the repository; a folder stands for its README.md."""
+    """Return where the site has a file of the repository; a folder, for its README.md or a list."""
     if (ROOT / source).is_dir():
         source = posixpath.join(source, "README.md")
     if source == "README.md":
@@ -64,7 +65,7 @@ def targets(markdown: str, uri: str) -> set[str]:
 
 
 def rewrite(markdown: str, uri: str) -> str:
-    """Return a page with its links as they have to be in the site; what leads nowhere stays, for mkdocs to refuse."""
+    """Return a page with its links as they are in the site; one that leads nowhere stays as it is."""
 
     def link(match: re.Match[str]) -> str:
         source = _resolve(match[1], uri)
@@ -74,6 +75,12 @@ def rewrite(markdown: str, uri: str) -> str:
         return f"]({relative}{match[2] or ''})"
 
     return "".join(_LINK.sub(link, line) if text else line for line, text in _outside_code(markdown))
+
+
+def folder_page(folder: Path) -> str:
+    """Return the page of a folder that has no README.md: its files."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    return "\n".join([f"# {folder.name}", "", *(f"- [{name}]({name})" for name in names), ""])
 
 
 def _nav_pages(nav: Any) -> Iterator[str]:  # noqa: ANN401 - what YAML holds
@@ -87,7 +94,8 @@ def _nav_pages(nav: Any) -> Iterator[str]:  # noqa: ANN401 - what YAML holds
 def _spread(nav: Any) -> Any:  # noqa: ANN401 - likewise
     """Put the decisions in where the navigation names their folder, so that a new one need not be listed."""
     if nav == DECISIONS:
-        return sorted((path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs/adr").glob("*.md")), reverse=True)  # fmt: skip
+        decisions = sorted((ROOT / "docs" / DECISIONS).glob("[0-9]*.md"))
+        return [f"{DECISIONS}README.md", *(f"{DECISIONS}{path.name}" for path in decisions)]
     if isinstance(nav, dict):
         return {title: _spread(entry) for title, entry in nav.items()}
     return [_spread(entry) for entry in nav] if isinstance(nav, list) else nav
@@ -111,11 +119,16 @@ def on_files(files: Any, config: Any) -> Any:  # noqa: ANN401 - likewise
         uri = waiting.pop()
         seen.add(uri)
         path = ROOT / source_of(uri)
-        if uri not in present and path.is_file():
-            files.append(File.generated(config, uri, abs_src_path=str(path)))
+        listed = path.name == "README.md" and not path.is_file() and path.parent.is_dir()
+        if not listed and not path.is_file():
+            continue
+        if uri not in present:
+            origin = {"content": folder_page(path.parent)} if listed else {"abs_src_path": str(path)}
+            files.append(File.generated(config, uri, **origin))
             present.add(uri)
-        if uri.endswith(".md") and path.is_file():
-            waiting |= targets(path.read_text(encoding="utf-8"), uri) - seen
+        if uri.endswith(".md"):
+            text = folder_page(path.parent) if listed else path.read_text(encoding="utf-8")
+            waiting |= targets(text, uri) - seen
     return files
 
 

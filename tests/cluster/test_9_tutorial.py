@@ -16,8 +16,8 @@ from tests.docs.walkthrough import Terminals, steps
 
 pytestmark = pytest.mark.cluster
 
-# Stand-ins for what this cluster has no need of: the image under test is built from the same Dockerfile, and the nodes
-# have it. They take the tutorial's commands and no others.
+# Stand-ins for what this cluster has no need of: the image under test is built from the same Dockerfile, and
+# the nodes have it. They take the tutorial's commands and no others.
 TOOLS: Final = {
     "docker": '[ "$*" = "build -t $IMAGE ." ] && [ -f Dockerfile ]',
     "kind": '[ "$*" = "load docker-image $IMAGE" ]',

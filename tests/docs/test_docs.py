@@ -8,54 +8,19 @@ import msgspec
 import pytest
 import yaml
 
-from progressdb_kms.api.routes import ROUTES
 from progressdb_kms.cli.app import app
 from progressdb_kms.domain.policy import Permission, parse_policy
 from progressdb_kms.provision.config import parse_config
-from progressdb_kms.settings import Settings, parse_settings
+from progressdb_kms.settings import parse_settings
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-
-
-def _setting_names(kind: type, prefix: str = "") -> list[str]:
-    names = []
-    for field in msgspec.structs.fields(kind):
-        types = [t for t in getattr(field.type, "__args__", (field.type,)) if isinstance(t, type)]
-        section = next((t for t in types if issubclass(t, msgspec.Struct)), None)
-        name = prefix + field.name
-        names += _setting_names(section, f"{name}.") if section else [name]
-    return names
-
-
-def test_every_setting_is_documented():
-    """docs/configuration.md names each setting, and none that does not exist."""
-    sections = "|".join(field.name for field in msgspec.structs.fields(Settings))
-    rows = [
-        row.split("|")[1]
-        for row in (DOCS / "configuration.md").read_text().splitlines()
-        if re.match(rf"\| `({sections})\b", row)
-    ]
-    documented = {name for row in rows for name in re.findall(r"`([a-z0-9_.]+)`", row)}
-    assert documented == set(_setting_names(Settings))
 
 
 def test_every_permission_is_documented():
     """docs/configuration.md names each permission."""
     text = (DOCS / "configuration.md").read_text()
     assert not [permission for permission in Permission if f"`{permission}`" not in text]
-
-
-def test_every_route_is_documented():
-    """docs/api.md names each route of the table."""
-    text = (DOCS / "api.md").read_text()
-    missing = []
-    for route in ROUTES:
-        path = re.sub(r"<(\w+)>", r"{\1}", route.path)
-        tail = "/" + path.rsplit("/", 1)[1]
-        if f"{route.method} {path}" not in text and f"`{tail}`" not in text:
-            missing.append(f"{route.method} {path}")
-    assert not missing
 
 
 def test_configuration_of_the_readme_is_valid():
@@ -77,6 +42,14 @@ def test_configuration_of_the_readme_is_valid():
         "docs/operator-page.md",
         "docs/provisioning.md",
         "docs/rotation.md",
+        "docs/ca-rollover.md",
+        "docs/cryptography.md",
+        "docs/disaster-recovery.md",
+        "docs/durability.md",
+        "docs/metrics.md",
+        "docs/policies.md",
+        "docs/restore-drill.md",
+        "docs/tutorial.md",
         "CONTRIBUTING.md",
     ],
 )
@@ -105,6 +78,14 @@ def test_provisioning_file_of_the_document_is_valid():
     assert fields == set(document["certificates"])
 
 
+def test_policies_of_the_guide_are_valid():
+    """Each rule that docs/policies.md shows is accepted as it stands."""
+    blocks = re.findall(r"```yaml\n(.*?)```", (DOCS / "policies.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 5
+    for block in blocks:
+        assert parse_policy(yaml.safe_load(block)).rules
+
+
 def test_links_lead_somewhere():
     """Relative links of all documents point at files that exist."""
     broken = []
@@ -116,14 +97,3 @@ def test_links_lead_somewhere():
             if not (document.parent / target).exists()
         ]
     assert not broken
-
-
-def test_metrics_in_the_documents_exist():
-    """docs/operations.md and docs/audit.md name only metrics that the service has."""
-    source = (ROOT / "service/progressdb_kms/observability/metrics.py").read_text()
-    source += (ROOT / "service/progressdb_kms/bootstrap/gauges.py").read_text()
-    source += (ROOT / "service/progressdb_kms/observability/sums.py").read_text()
-    for name in set(
-        re.findall(r"`(kms_[a-z_]+)", (DOCS / "operations.md").read_text() + (DOCS / "audit.md").read_text())
-    ):
-        assert f'"{name.removesuffix("_total")}"' in source, name

@@ -39,7 +39,7 @@ def test_on_one_machine(directory: Path, tmp_path: Path) -> None:
 
 
 def test_every_part_is_run() -> None:
-    """Each block of commands belongs to a part that a test runs, and says what it prints or prints nothing."""
+    """Each block of commands belongs to a part that a test runs."""
     parts = steps(TUTORIAL.read_text())
     assert set(parts) == {"local", "cluster"}
     assert 'steps(TUTORIAL.read_text())["cluster"]' in (ROOT / "tests/cluster/test_9_tutorial.py").read_text()
@@ -92,7 +92,7 @@ def test_what_would_not_be_run_is_refused(page: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("expected", "output", "same"),
+    "expected, output, same",
     [
         ("a\n", "a\n", True),
         ("a  b\n", "  a b  \n", True),

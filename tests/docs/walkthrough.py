@@ -6,21 +6,22 @@ The marks, which no reader sees, are comments on a line of their own:
     <!-- test: background -->    the next block goes on while the reader does other things in another terminal
     <!-- test: ctrl-c -->        here the reader presses Ctrl-C in that terminal
 
-Blocks in ``sh`` are run; one that ends with a status other than 0 fails, in a pipe too. A block in ``text`` behind one
-is what it prints, standard error included. ``...`` stands for anything within a line, and on a line of its own for any
-number of lines; blanks at the ends of lines don't count, nor how many there are. What runs in the background is waited
-for until it has printed its block.
+Blocks in ``sh`` are run; one that ends with a status other than 0 fails, in a pipe too. A block in ``text``
+behind one is what it prints, standard error included. ``...`` stands for anything within a line, and on a
+line of its own for any number of lines; blanks at the ends of lines don't count, nor how many there are.
+What runs in the background is waited for until it has printed its block.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -45,53 +46,69 @@ class Step:
     background: bool = False
 
 
+class _Reader:
+    """What has been read of a page so far."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, list[Step]] = {}
+        self._part: list[Step] | None = None
+        self._background = False
+        self._follows = False
+        """Nothing but blank lines stands between a block of commands and this line."""
+
+    def mark(self, number: int, mark: str) -> None:
+        """Take a mark."""
+        word, _, name = mark.partition(" ")
+        if word == "part" and name:
+            self._part = self.parts.setdefault(name, [])
+        elif mark == "background":
+            self._background = True
+        elif mark == "ctrl-c" and self._part is not None:
+            self._part.append(Step(number))
+        else:
+            raise ValueError(f"line {number}: unknown mark: {mark}")
+        self._follows = False
+
+    def block(self, number: int, language: str, text: str) -> None:
+        """Take a block."""
+        if language in {"python", "yaml"}:
+            self._follows = False
+        elif language not in LANGUAGES or self._part is None:
+            raise ValueError(f"line {number}: a block of no known kind, or outside of any part")
+        elif language == "sh":
+            self._part.append(Step(number, text, background=self._background))
+            self._background, self._follows = False, True
+        elif self._follows:
+            self._part.append(replace(self._part.pop(), expected=text))
+            self._follows = False
+        else:
+            raise ValueError(f"line {number}: whose output is this? It has to follow its command")
+
+    def other(self, number: int, line: str) -> None:
+        """Take a line of text."""
+        if line.startswith(("~~~", "    ", "\t", "<!-- test")) or line.lstrip().startswith("```"):
+            raise ValueError(f"line {number}: a block that nobody runs, or an unknown mark: {line}")
+        self._follows = self._follows and not line.strip()
+
+
 def steps(page: str) -> dict[str, list[Step]]:
     """Return what a page has its reader do, by part.
 
     Raises:
         ValueError: A block or a mark that would not be run, with its line.
     """
-    found: dict[str, list[Step]] = {}
-    part: list[Step] | None = None
-    background = follows = False
+    reader = _Reader()
     lines = iter(enumerate(page.splitlines(), 1))
     for number, line in lines:
         match = _LINE.match(line)
         if match is None:
-            if line.startswith(("```", "~~~", "    ", "\t", "<!-- test")) or line.lstrip().startswith("```"):
-                raise ValueError(f"line {number}: a block that nobody runs, or an unknown mark: {line}")
-            follows = follows and not line.strip()
-            continue
-        if mark := match["mark"]:
-            word, _, name = mark.partition(" ")
-            if word == "part" and name:
-                part = found.setdefault(name, [])
-            elif mark == "background":
-                background = True
-            elif mark == "ctrl-c" and part is not None:
-                part.append(Step(number))
-            else:
-                raise ValueError(f"line {number}: unknown mark: {mark}")
-            follows = False
-            continue
-        language, block = match["fence"], []
-        for _, inner in lines:
-            if inner == "```":
-                break
-            block.append(inner)
-        text = "\n".join(block) + "\n"
-        if language not in LANGUAGES or (language in {"sh", "text"} and part is None):
-            raise ValueError(f"line {number}: a block of no known kind, or outside of any part")
-        if language == "sh" and part is not None:
-            part.append(Step(number, text, background=background))
-            background, follows = False, True
-        elif language == "text" and part:
-            if not follows:
-                raise ValueError(f"line {number}: whose output is this? It has to follow its command")
-            last = part.pop()
-            part.append(Step(last.line, last.command, text, last.background))
-            follows = False
-    return found
+            reader.other(number, line)
+        elif match["mark"]:
+            reader.mark(number, match["mark"])
+        else:
+            inner = itertools.takewhile(lambda numbered: numbered[1] != "```", lines)
+            reader.block(number, match["fence"], "".join(f"{text}\n" for _, text in inner))
+    return reader.parts
 
 
 def _line_pattern(line: str) -> str:
@@ -102,7 +119,7 @@ def _line_pattern(line: str) -> str:
 
 
 def shows(expected: str, output: str, *, so_far: bool = False) -> bool:
-    """Tell whether a command printed what the page shows; ``so_far`` lets it have printed more behind that."""
+    """Tell whether a command printed what the page shows; ``so_far`` lets more stand behind it."""
     if output and not output.endswith("\n"):
         output += "\n"
     pattern = "".join(map(_line_pattern, expected.splitlines()))
@@ -166,7 +183,7 @@ class Terminals:
         self._wait(step, output, self._shell, done.exists)
         printed = output.read_text()
         assert step.expected is None or shows(step.expected, printed), (
-            f"line {step.line} printed another thing than the tutorial shows:\n{printed}\ninstead of:\n{step.expected}"
+            f"line {step.line} printed:\n{printed}\nand the page shows:\n{step.expected}"
         )
 
     def _begin(self, step: Step) -> None:

@@ -236,7 +236,7 @@ async def test_a_pinned_key_is_never_replaced(site: Site) -> None:
 
 
 async def test_a_ca_is_replaced_without_a_gap(site: Site, tmp_path: Path) -> None:
-    """As docs/provisioning.md tells: first trusted beside the old one, then signing, then alone."""
+    """As docs/ca-rollover.md tells: first trusted beside the old one, then signing, then alone."""
     await site.run(certificates=WANTED)
     old = site.cluster.data("r-server-ca")
     await site.run(

@@ -86,7 +86,7 @@ def expiry_warning(name: str, authority: Authority, now: dt.datetime) -> str:
     end = authority.cert.not_valid_after_utc
     if end - now > dt.timedelta(days=WARN_DAYS):
         return ""
-    return f"warning: the CA in {name} ends on {end:%Y-%m-%d}: replace it (docs/provisioning.md)"
+    return f"warning: the CA in {name} ends on {end:%Y-%m-%d}: replace it (docs/ca-rollover.md)"
 
 
 def bundle_change(

@@ -265,8 +265,8 @@ class Audit(Section, frozen=True, kw_only=True):
             chains.
         stdout: Print records on standard output; commands on standard error.
         stream: With a key, keep records in the store's stream too: a change is refused if that can't be done.
-        stream_records: About so many stay there, 490 bytes of its memory each; older ones are trimmed behind a
-            signed checkpoint.
+        stream_records: About so many stay there, 490 bytes of its memory each; older ones are trimmed behind
+            a signed checkpoint.
         directory: With a key, write records to files here too, fsynced: a change is refused if that can't be
             done.
         file_bytes: Size after which the next file is begun.
