@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from examples.chat_server.cipher import Envelope, seal_many
 from examples.chat_server.keys import ThreadKeys, messages_prefix, meta_key
 from examples.chat_server.store import Store
-from progressdb_kms.client import AdminClient, open_sync_provider
+from progressdb_kms.client import AdminClient, KmsError, open_sync_provider
 from tests.integration.world import free_port
 
 T = TypeVar("T")
@@ -39,6 +39,18 @@ def eventually(check: Callable[[], T], what: str = "") -> T:
         assert time.monotonic() < end, f"never came true: {what or check}"
         time.sleep(0.02)
     return result
+
+
+def patiently(call: Callable[[], T]) -> T:
+    """Return what a call returns, made again where the KMS says that it is worth another try."""
+    end = time.monotonic() + LIMIT
+    while True:
+        try:
+            return call()
+        except KmsError as error:
+            if not error.retryable or time.monotonic() > end:
+                raise
+            time.sleep(0.1)
 
 
 def kms_environment(ready: dict[str, Any], client: str = "chat") -> dict[str, str]:
@@ -176,15 +188,21 @@ class Chat:
         status, _, answer = self.request(method, path, body, {"Authorization": f"Bearer {TOKEN}"})
         return status, answer
 
+    def patient(self, method: str, path: str, body: object = None) -> tuple[int, Any]:
+        """Make a request, again while the answer is 503: a busy disk holds up the KMS's store."""
+        answered = eventually(lambda: None if (got := self.call(method, path, body))[0] == 503 else got)
+        assert answered
+        return answered
+
     def post(self, thread_id: str, text: str) -> str:
         """Post a message and return its id."""
-        status, answer = self.call("POST", f"/threads/{thread_id}/messages", {"text": text})
+        status, answer = self.patient("POST", f"/threads/{thread_id}/messages", {"text": text})
         assert status == 201, answer
         return str(answer["id"])
 
     def messages(self, thread_id: str, query: str = "") -> list[dict[str, str]]:
         """Return a thread's messages."""
-        status, answer = self.call("GET", f"/threads/{thread_id}/messages{query}")
+        status, answer = self.patient("GET", f"/threads/{thread_id}/messages{query}")
         assert status == 200, answer
         return list(answer["messages"])
 

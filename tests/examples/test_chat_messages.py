@@ -15,7 +15,7 @@ from examples.chat_server.cipher import BOUND, NO_KEY, UNBOUND, Envelope, aad
 from examples.chat_server.keys import messages_prefix
 from progressdb_kms.client import AdminClient, open_sync_provider
 from tests.client.devservice import running
-from tests.examples.chat import Chat, calls, eventually, fill, insider, kms_environment, options
+from tests.examples.chat import LIMIT, Chat, calls, eventually, fill, insider, kms_environment, options
 
 SECRET = "attack at dawn"
 
@@ -126,8 +126,11 @@ def test_a_typo_does_not_switch_encryption_off(tmp_path: Path, ready: dict[str, 
     """With anything but on and off, or with no KMS named, the server does not start."""
     for environment in [{**kms_environment(ready), "CHAT_ENCRYPTION": "of"}, {}]:
         chat = Chat(tmp_path, tmp_path / "chat.db", environment).launch()
-        assert chat.process
-        assert chat.process.wait(60) != 0
+        try:
+            assert chat.process
+            assert chat.process.wait(LIMIT) != 0
+        finally:
+            chat.kill()
 
 
 def test_embedded_provider_serves(tmp_path: Path) -> None:

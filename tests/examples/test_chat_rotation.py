@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -23,7 +24,7 @@ from examples.chat_server.store import Store
 from examples.chat_server.threads import Threads
 from progressdb_kms.client import AdminClient, SyncKmsProvider, open_sync_provider
 from progressdb_kms.domain.errors import KeyDestroyed, KeyNotFound, KeyPendingDestruction, PermissionDenied
-from tests.examples.chat import Chat, eventually, fill, insider
+from tests.examples.chat import Chat, eventually, fill, insider, patiently
 
 THREAD = "long"
 
@@ -62,7 +63,7 @@ class Reader(threading.Thread):
         after, count = "", 0
         while True:
             with self.sure:
-                page = self._threads.read(THREAD, after, 200)
+                page = patiently(partial(self._threads.read, THREAD, after, 200))
                 self.wrong += [each for each in page if each.get("text") != self.texts[each["id"]]][:3]
             if not page:
                 break
@@ -106,8 +107,8 @@ def test_rotation_killed_again_and_again(
                 with reader.sure:
                     target = random.choice(ids)
                     reader.texts[target] = f"edited in life {lives}"
-                    chatter.edit(THREAD, target, reader.texts[target])
-                    posted = chatter.post(THREAD, f"posted in life {lives}")
+                    patiently(partial(chatter.edit, THREAD, target, reader.texts[target]))
+                    posted = patiently(partial(chatter.post, THREAD, f"posted in life {lives}"))
                     reader.texts[posted] = f"posted in life {lives}"
                 chat.start()
                 if status["job"] is None:
