@@ -216,6 +216,16 @@ def spoiled(made: DevService) -> None:
     record = dict.fromkeys(("audit", "outcome", "identity", "key_id", "thread_id", "detail"), HOSTILE[2])
     url = yaml.safe_load(Path(made.ready["config"]).read_text())["store"]["url"]
     with redis.Redis(unix_socket_path=urlsplit(url).path) as store:
+        beat = Heartbeat("broken", time.time(), 0, "1", (1,), 1, "g")
+        for name, value in (
+            ("at", "x"),
+            ("at", float("nan")),
+            ("at", 1e999),
+            ("started_at", None),
+            ("instance", 7),
+        ):
+            entry = json.dumps({**json.loads(encode_heartbeat(beat)), name: value})
+            store.hset(INSTANCES_KEY, f"broken {name} {value}", entry)
         for text in HOSTILE:
             fields = {**record, "identity": text, "detail": text, "chain": text, "seq": 1, "prev": ""}
             line = json.dumps(fields)[:-1] + ',"mac":"' + "0" * 64 + '"}'

@@ -41,6 +41,7 @@ The record's blob is kept raw: a hash stays compact only while each value is at 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from typing import Any, Final
@@ -239,7 +240,17 @@ def decode_heartbeat(entry: bytes) -> Heartbeat:
     """
     members = _known(Heartbeat, json.loads(entry))
     members["kek_versions"] = tuple(members["kek_versions"])
-    return Heartbeat(**members)
+    beat = Heartbeat(**members)
+    # Whoever can write one heartbeat must not be able to break the reading of all.
+    texts = (beat.instance, beat.release, beat.policy_generation)
+    numbers = (beat.at, beat.started_at, beat.active, *beat.kek_versions)
+    if not (all(isinstance(text, str) for text in texts) and all(map(_is_number, numbers))):
+        raise TypeError("a member of the heartbeat is not of its type")
+    return beat
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in {int, float} and math.isfinite(value)  # type: ignore[arg-type]  # it is one by then
 
 
 def encode_rotation(rotation: Rotation) -> str:
@@ -258,11 +269,20 @@ def decode_rotation(entry: bytes, counts: dict[str, int]) -> Rotation:
     try:
         members = _known(Rotation, json.loads(entry))
         members["step"] = Step(members["step"])
-        return Rotation(**{**members, "counts": counts})
+        return _checked_rotation(Rotation(**{**members, "counts": counts}))
     except (ValueError, KeyError, TypeError):
         raise StoreUnavailable(
             "the record of a rotation can't be read: damaged, or of a newer release"
         ) from None
+
+
+def _checked_rotation(rotation: Rotation) -> Rotation:
+    numbers = [rotation.source_version, rotation.target_version, rotation.started_at, rotation.step_at]
+    if rotation.finished_at is not None:
+        numbers.append(rotation.finished_at)
+    if not all(map(_is_number, numbers)):
+        raise TypeError("a member of the rotation is not of its type")
+    return rotation
 
 
 def encode_manifest(manifest: Manifest) -> str:
