@@ -20,7 +20,19 @@ pytestmark = [pytest.mark.wheel, pytest.mark.timeout(600)]
 CONSUMER = ROOT / "tests" / "packaging" / "consumer.py"
 UV = Path(sys.executable).with_name("uv")
 # Named one by one: a package more than these is one that every server which calls the service has to carry.
-INSTALLED = {"anyio", "certifi", "h11", "httpcore", "idna", "msgspec", "progressdb-kms", "typing-extensions"}
+INSTALLED = {
+    *(
+        "anyio",
+        "certifi",
+        "h11",
+        "httpcore",
+        "idna",
+        "msgspec",
+        "progressdb-kms",
+        "sniffio",
+        "typing-extensions",
+    )
+}
 
 
 def _pythons() -> list[str]:
