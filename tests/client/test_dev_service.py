@@ -132,4 +132,4 @@ async def test_listing_and_keks(ready: dict[str, Any], admin: AdminClient) -> No
 def test_the_ready_file_is_enough(ready: dict[str, Any]) -> None:
     """It names what `connect` needs, and the files are there."""
     assert Path(ready["ca"]).exists()
-    assert set(ready["clients"]) == {"server", "operator", "stranger"}
+    assert set(ready["clients"]) == {"server", "operator", "chat", "stranger"}
