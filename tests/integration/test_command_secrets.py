@@ -23,6 +23,7 @@ from tests.contract.wire_client import unb64
 from tests.integration.leaks import leaks
 from tests.integration.world import KEK_1, KEK_2, Instance, World, kek_text, write_private
 from tests.keepers.transit import Transit, serving_transit
+from tests.older_service import OlderService
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -175,6 +176,12 @@ def succeed(desk: Desk, folder: Path) -> dict[str, bytes]:
     desk.run("kek", "escrow", "recover", *config, "--recovery-key", recovery, "--out", folder / "recovered")
     desk.run("kek", "retire", "1", *config, "--export", folder / "export")
     desk.run("keys", "destroy-due", *config)
+    older = OlderService()
+    moving, master = folder / "moving.jsonl", folder / "master"
+    older_id = older.create("t:older")
+    moving.write_bytes(b"".join(older.lines()))
+    write_private(master, older.master.hex())
+    desk.run("migrate", moving, *config, "--master-key-file", master, "--report", folder / "report")
     desk.run("audit", "show", *call)
     desk.run("audit", "verify", *config)
     desk.run("audit", "export", *config, "--out", folder / "audit.jsonl")
@@ -188,6 +195,8 @@ def succeed(desk: Desk, folder: Path) -> dict[str, bytes]:
         "token": TOKEN.encode(),
         "audit key": bytes.fromhex((keys / "audit" / "audit.yaml").read_text().split()[1]),
         "recovery key": recovery.read_bytes().splitlines()[1],
+        "the older service's master key": older.master,
+        "its DEK": older.dek(older_id),
     }
 
 
