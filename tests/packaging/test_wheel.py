@@ -146,7 +146,7 @@ def test_base_requires_the_client_alone(metadata: Message) -> None:
     """Without an extra the wheel asks for httpcore, h11 and msgspec."""
     requires = metadata.get_all("Requires-Dist", [])
     base = {re.split(r"[^a-z0-9-]", line)[0] for line in requires if "extra ==" not in line}
-    assert base == {"h11", "httpcore", "msgspec"}
+    assert base == {"h11", "httpcore", "msgspec", "sniffio"}
     assert set(metadata.get_all("Provides-Extra", [])) == EXTRAS
 
 
