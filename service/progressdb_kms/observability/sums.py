@@ -27,8 +27,8 @@ _Labels: TypeAlias = tuple[str, int, str, str]
 """Route, status, code, kind of identity."""
 
 
-class Answers:
-    """Requests that were answered alike: one door, route, status, code and kind of identity."""
+class _Answers:
+    """Requests that were answered alike."""
 
     __slots__ = ("buckets", "seconds")
 
@@ -37,31 +37,34 @@ class Answers:
         self.seconds = 0.0
 
 
-class RequestSums:
-    """A Prometheus collector of answered requests and of uses of DEKs."""
+class _Way:
+    """What one of the two ways answered, the fast door or the framework."""
 
     def __init__(self) -> None:
-        self._slow: dict[_Labels, Answers] = {}
-        self._door: dict[_Labels, Answers] = {}
+        self.answers: dict[_Labels, _Answers] = {}
+
+    def count(self, route: str, status: int, code: str, identity_kind: str, seconds: float) -> None:
+        labels = (route, status, code, identity_kind)
+        answers = self.answers.get(labels)
+        if answers is None:
+            answers = self.answers[labels] = _Answers()
+        answers.buckets[bisect_left(LATENCY, seconds)] += 1
+        answers.seconds += seconds
+
+
+class RequestSums:
+    """A Prometheus collector of answered requests and of uses of DEKs.
+
+    Attributes:
+        request: Counts an answered request: route, status, code, kind of identity, seconds.
+        request_at_door: Counts one that the fast door answered, likewise.
+    """
+
+    def __init__(self) -> None:
+        self._slow, self._door = _Way(), _Way()
+        self.request = self._slow.count
+        self.request_at_door = self._door.count
         self._uses: dict[str, int] = {}
-
-    def request(self, route: str, status: int, code: str, identity_kind: str, seconds: float) -> None:
-        """Count an answered request."""
-        labels = (route, status, code, identity_kind)
-        answers = self._slow.get(labels)
-        if answers is None:
-            answers = self._slow[labels] = Answers()
-        answers.buckets[bisect_left(LATENCY, seconds)] += 1
-        answers.seconds += seconds
-
-    def request_at_door(self, route: str, status: int, code: str, identity_kind: str, seconds: float) -> None:
-        """Count a request that the fast door answered."""
-        labels = (route, status, code, identity_kind)
-        answers = self._door.get(labels)
-        if answers is None:
-            answers = self._door[labels] = Answers()
-        answers.buckets[bisect_left(LATENCY, seconds)] += 1
-        answers.seconds += seconds
 
     def dek_uses(self, operation: str, count: int) -> None:
         """Count messages encrypted or decrypted."""
@@ -72,7 +75,7 @@ class RequestSums:
         answered: Counter[_Labels] = Counter()
         buckets: dict[str, list[int]] = {}
         seconds: dict[str, float] = {}
-        for labels, answers in [*self._slow.items(), *self._door.items()]:
+        for labels, answers in [*self._slow.answers.items(), *self._door.answers.items()]:
             route = labels[0]
             answered[labels] += sum(answers.buckets)
             buckets[route] = [*map(add, buckets.get(route, repeat(0)), answers.buckets)]
@@ -93,7 +96,7 @@ class RequestSums:
         yield CounterMetricFamily(
             "kms_fast_door_requests",
             "Of the requests answered, those by the fast door.",
-            sum(sum(answers.buckets) for answers in self._door.values()),
+            sum(sum(answers.buckets) for answers in self._door.answers.values()),
         )
         uses = CounterMetricFamily("kms_dek_uses", "Messages encrypted or decrypted.", labels=["operation"])
         for operation, count in self._uses.items():

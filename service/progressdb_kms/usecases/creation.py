@@ -109,11 +109,6 @@ class Creation:
         self._groups: set[asyncio.Task[None]] = set()
         self._late = 0.0
 
-    @property
-    def busy(self) -> bool:
-        """Whether a group is under way."""
-        return bool(self._groups)
-
     async def make(self, orders: Sequence[Order]) -> list[Result]:
         """Make DEKs and return one result each, in order; what is returned can't be lost.
 

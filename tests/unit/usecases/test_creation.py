@@ -297,10 +297,10 @@ async def test_whoever_is_cancelled_stops_nobody_else(world: World, monkeypatch:
     calls[0].cancel()
     await asyncio.sleep(0)
     assert calls[0].cancelled()
-    assert world.kms.creation.busy
+    assert world.kms.creation._groups
     gate.open.set()
     await world.kms.creation.settle()
-    assert not world.kms.creation.busy
+    assert not world.kms.creation._groups
     assert [each.thread_id for each in await asyncio.gather(*calls[1:])] == ["room:1", "room:2"]
     assert {event.thread_id for event in world.trail.events} == {"room:0", "room:1", "room:2"}
 
