@@ -220,16 +220,21 @@ class Creation:
             # Ours and not an earlier call's: what it wraps is known.
             if isinstance(result, DekRecord) and result.wrapped == blob:
                 item.made = True
-                kms.cache.put(
-                    CachedDek(
-                        key_id=result.key_id,
-                        thread_id=result.thread_id,
-                        cipher=AESGCM(dek),
-                        state=result.state,
-                        version=str(result.version),
-                        loaded_at=began,
-                    )
-                )
+                remember(kms, result, dek, began)
+
+
+def remember(kms: Kms, record: DekRecord, dek: bytes, began: float) -> None:
+    """Keep a DEK that was just made in memory; ``began`` is the cache's time before it was stored."""
+    kms.cache.put(
+        CachedDek(
+            key_id=record.key_id,
+            thread_id=record.thread_id,
+            cipher=AESGCM(dek),
+            state=record.state,
+            version=str(record.version),
+            loaded_at=began,
+        )
+    )
 
 
 async def create_deks(

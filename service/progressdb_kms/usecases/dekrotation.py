@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-
 from progressdb_kms.domain.errors import KeyDestroyed, KmsError, StaleKek, StoreUnavailable
 from progressdb_kms.domain.keys import (
     DEK_BYTES,
@@ -20,7 +18,7 @@ from progressdb_kms.domain.keys import (
 )
 from progressdb_kms.domain.policy import Permission
 from progressdb_kms.ports import AuditEvent
-from progressdb_kms.usecases.keycache import CachedDek
+from progressdb_kms.usecases.creation import remember
 
 if TYPE_CHECKING:
     from progressdb_kms.usecases.context import Kms
@@ -83,15 +81,6 @@ async def _store(kms: Kms, session: Session, key_id: str, thread_id: str) -> Dek
         if record.state is KeyState.DESTROYED:
             raise KeyDestroyed("the key that this Idempotency-Key made has been destroyed")
         if record.wrapped == blob:  # ours and not an earlier call's: what it wraps is known
-            kms.cache.put(
-                CachedDek(
-                    key_id=record.key_id,
-                    thread_id=record.thread_id,
-                    cipher=AESGCM(dek),
-                    state=record.state,
-                    version=str(record.version),
-                    loaded_at=began,
-                )
-            )
+            remember(kms, record, dek, began)
         return record
     raise StoreUnavailable("the KEK is being rotated; try again")
