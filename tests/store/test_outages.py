@@ -14,6 +14,7 @@ from progressdb_kms.domain.keys import DekRecord, StateChange
 from progressdb_kms.ports import Heartbeat
 from progressdb_kms.store.redis import StoreSettings, open_store
 from progressdb_kms.store.redis.failures import Again, translate
+from progressdb_kms.store.redis.topology import Standalone
 from tests.store.conftest import new_dek, new_kek
 from tests.store.servers import Server, free_port
 
@@ -131,6 +132,24 @@ async def test_refusals_of_writes(own_server: Start, opened: Open, ruin: dict[st
     assert server.ask("DBSIZE") == before
     server.configure(**dict.fromkeys(ruin, "0"))
     assert isinstance(await created(store), DekRecord)
+
+
+async def test_cause_outlives_discovery(
+    own_server: Start, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Time that ends while the nodes are asked where the keys are now: the server's own refusal is told."""
+    server = own_server()
+    store = await opened(server.url, command_timeout=0.5)
+    assert isinstance(await created(store), DekRecord)
+    server.configure(min_replicas_to_write="1")
+
+    async def nobody_answers(self: Standalone) -> None:
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(Standalone, "_discover", nobody_answers)
+    result = await created(store)
+    assert isinstance(result, StoreUnavailable)
+    assert "min-replicas-to-write" in result.detail
 
 
 async def test_becomes_a_replica(own_server: Start, opened: Open) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from progressdb_kms.domain.errors import StoreUnavailable
+from progressdb_kms.domain.errors import KmsError, StoreUnavailable
 from progressdb_kms.store.redis.address import Endpoint
 from progressdb_kms.store.redis.durability import FSYNC_PERIOD
 from progressdb_kms.store.redis.failures import Again, Failure
@@ -137,12 +137,11 @@ class Router:
             async with asyncio.timeout_at(deadline):
                 await self.topology.ready()
         except (StoreUnavailable, TimeoutError) as error:
-            failure = Failure(
-                error if isinstance(error, StoreUnavailable) else _late(),
-                Again.NEVER if self.topology.closed else Again.SOON,
-            )
+            again = Again.NEVER if self.topology.closed else Again.SOON
             for attempt in attempts:
-                attempt.reply = failure
+                attempt.reply = Failure(
+                    error if isinstance(error, StoreUnavailable) else _why(attempt), again
+                )
             return
         futures = [self._submit(attempt, durable=durable) for attempt in attempts]
         if len(futures) == 1 and futures[0].done():
@@ -159,9 +158,7 @@ class Router:
                 else:
                     # A node that keeps its connections but does not answer may have a successor by now.
                     self.topology.invalidate()
-                    # Why an earlier try failed says more than that the time is over.
-                    known = attempt.reply.error if isinstance(attempt.reply, Failure) else _late()
-                    attempt.reply = Failure(known)
+                    attempt.reply = Failure(_why(attempt))
                 future.cancel()
 
     def _submit(self, attempt: _Attempt, *, durable: bool) -> asyncio.Future[Reply]:
@@ -203,5 +200,8 @@ def checked(reply: Reply | Failure) -> Reply:
     return reply
 
 
-def _late() -> StoreUnavailable:
+def _why(attempt: _Attempt) -> KmsError:
+    # Why an earlier try failed says more than that the time is over.
+    if isinstance(attempt.reply, Failure):
+        return attempt.reply.error
     return StoreUnavailable("the store did not answer in time")
