@@ -9,7 +9,6 @@ from urllib.parse import unquote, urlsplit
 import redis
 
 from progressdb_kms.domain.keys import KEY_ID_PREFIX
-from progressdb_kms.store.redis.schema import FIELDS
 from progressdb_kms.store.redis.scripts import CREATE
 
 from .cases import Case, Key, Scene, Values
@@ -50,7 +49,7 @@ def script_call() -> list[str]:
     prefix = "bench:{AA}:"
     names = [f"{prefix}dek:{key_id}", f"{prefix}thread:bench:creates", f"{prefix}kek:1", f"{prefix}ctl"]
     record = [key_id, "bench:creates", "w" * WRAPPED_BYTES, "k" * 16, "1", str(CREATED_AT), "dns:server"]
-    return ["EVALSHA", CREATE.sha, str(len(names)), *names, *record, *FIELDS]
+    return ["EVALSHA", CREATE.sha, str(len(names)), *names, *record]
 
 
 def _run(scene: Scene, socket: str, connections: int) -> Values:

@@ -26,20 +26,42 @@ class Pause:
         yield
 
 
+class Waiting:
+    """An answer that somebody else will have, when the test lets it."""
+
+    def __init__(self, answer: RawAnswer, waiting: list[Waiting]) -> None:
+        self.answer = answer
+        self.waiting = waiting
+        self.given_up = False
+
+    def begin(self, tell: Callable[[RawAnswer], None]) -> None:
+        """Wait for the test."""
+        self.tell = tell
+        self.waiting.append(self)
+
+    def give_up(self) -> None:
+        """Be told that nobody waits."""
+        self.given_up = True
+
+
 class Echo:
-    """Answers with the path and the body; ``/later`` does not know the answer at once."""
+    """Answers with the path and the body; ``/later`` and ``/pending`` do not know the answer at once."""
 
     body_limit = 100
 
-    def __init__(self, path: str, asked: list[bytes]) -> None:
+    def __init__(self, path: str, app: App) -> None:
         self.path = path
-        self.asked = asked
+        self.app = app
 
-    def answer(self, session: object, body: bytes) -> RawAnswer | Callable[[], Awaitable[RawAnswer]]:
+    def answer(
+        self, session: object, body: bytes
+    ) -> RawAnswer | Callable[[], Awaitable[RawAnswer]] | Waiting:
         """Answer, or return what waits."""
         assert session == "the session"
-        self.asked.append(body)
+        self.app.asked.append(body)
         answer = 200, b"", self.path.encode() + b":" + body, self.path == "/last"
+        if self.path == "/pending":
+            return Waiting(answer, self.app.waiting)
         return partial(self._wait, answer) if self.path == "/later" else answer
 
     async def _wait(self, answer: RawAnswer) -> RawAnswer:
@@ -53,16 +75,19 @@ class Echo:
 
 
 class App:
-    """Three hot routes."""
+    """Four hot routes."""
 
-    starts: tuple[bytes, ...] = (b"POST /now HTTP/1.1", b"POST /later HTTP/1.1", b"POST /last HTTP/1.1")
+    starts: tuple[bytes, ...] = tuple(
+        f"POST /{name} HTTP/1.1".encode() for name in ("now", "later", "pending", "last")
+    )
 
     def __init__(self) -> None:
         self.asked: list[bytes] = []
+        self.waiting: list[Waiting] = []
 
     def ready(self, head: Head) -> Ready | None:
         """Know the route, unless a field asks for something else."""
-        return None if "odd" in head.fields else Echo(head.path, self.asked)
+        return None if "odd" in head.fields else Echo(head.path, self)
 
 
 class Task:
@@ -138,14 +163,18 @@ class Line:
         """Let the event loop make a pass: what was left for it, and the outstanding answer."""
         due = self.later[:]
         self.later.clear()
-        for each in due:
-            each()
+        for turn in due:
+            turn()
         for task in [task for task in self.tasks if not task.done]:
             task.step()
+        waiting = self.app.waiting[:]
+        self.app.waiting.clear()
+        for each in waiting:
+            each.tell(each.answer)
 
     def settle(self) -> None:
         """Let all answers be given."""
-        while self.later or not all(task.done for task in self.tasks):
+        while self.later or self.app.waiting or not all(task.done for task in self.tasks):
             self.step()
 
     def write(self, data: bytes) -> None:
@@ -185,7 +214,7 @@ def request(path: str, body: bytes, *fields: str) -> bytes:
 REQUESTS = st.one_of(
     st.builds(
         lambda path, body: (True, path.encode() + b":" + body, request(path, body)),
-        st.sampled_from(["/now", "/later"]),
+        st.sampled_from(["/now", "/later", "/pending"]),
         st.binary(max_size=100),
     ),
     st.builds(
@@ -238,7 +267,7 @@ def test_a_stream_cut_anywhere(requests: list[tuple[bool, bytes, bytes]], data: 
     assert line.reading
 
 
-@given(st.lists(st.sampled_from(["/now", "/later"]), min_size=1, max_size=5), st.data())
+@given(st.lists(st.sampled_from(["/now", "/later", "/pending"]), min_size=1, max_size=5), st.data())
 def test_hot_requests_one_after_the_other_stay_at_the_door(paths: list[str], data: st.DataObject) -> None:
     """In however many pieces each comes, and though a next one begins while an answer is outstanding."""
     raws = [request(path, b"%d" % number) for number, path in enumerate(paths)]
@@ -311,10 +340,11 @@ def test_what_happens_between_two_turns_counts(end: str) -> None:
         assert line.connection.unread > 0  # so that the closing side reads it away (RFC 9112 9.6)
 
 
-def test_nothing_is_looked_at_while_an_answer_is_outstanding() -> None:
+@pytest.mark.parametrize("path", ["/later", "/pending"])
+def test_nothing_is_looked_at_while_an_answer_is_outstanding(path: str) -> None:
     """The next request waits, up to a bound at which the peer is held back, and is then answered."""
     line = Line()
-    line.feed(request("/later", b"1"))
+    line.feed(request(path, b"1"))
     line.feed(request("/now", b"2"))
     assert line.answers == []
     assert line.connection.phase is Phase.BUSY
@@ -322,7 +352,7 @@ def test_nothing_is_looked_at_while_an_answer_is_outstanding() -> None:
     assert not line.reading
     line.settle()
     assert line.reading
-    assert line.answers == [b"/later:1", b"/now:2"]
+    assert line.answers == [f"{path}:1".encode(), b"/now:2"]
     assert line.handed_on == b"x" * (READ_BUFFER + 1)
 
 
@@ -424,3 +454,51 @@ def test_a_closed_connection_ends_the_outstanding_answer() -> None:
     line.door.close()
     assert line.tasks[0].done
     assert line.answers == []
+
+
+def test_a_closed_connection_gives_up_the_pending_answer() -> None:
+    """Nobody is there to take it, and what is told all the same is not written."""
+    line = Line()
+    line.feed(request("/pending", b""))
+    (waiting,) = line.app.waiting
+    line.connection.abort("revoked")
+    line.door.close()
+    assert waiting.given_up
+    waiting.tell(waiting.answer)
+    assert line.answers == []
+
+
+def test_a_pending_answer_waits_for_a_peer_that_does_not_read() -> None:
+    """It is written, and nothing else is answered before the peer has taken it."""
+    line = Line()
+    line.blocked = True
+    line.feed(request("/pending", b"1"))
+    line.feed(request("/now", b"2"))
+    line.step()
+    assert line.answers == [b"/pending:1"]
+    line.blocked = False
+    line.settle()
+    assert line.answers == [b"/pending:1", b"/now:2"]
+
+
+def test_a_long_pending_answer_goes_out_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a task, that waits for the peer."""
+    monkeypatch.setattr(door, "PIECE", 20)
+    line = Line()
+    line.feed(request("/pending", b"x" * 50))
+    line.settle()
+    assert line.answers == [b"/pending:" + b"x" * 50]
+    assert line.connection.phase is Phase.IDLE
+
+
+def test_a_bug_costs_one_connection(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever tells the answer, and the others that it tells, know nothing of it; the log does."""
+    line = Line()
+    line.feed(request("/pending", b"secret"))
+    monkeypatch.setattr(line, "write", None)
+    line.step()
+    assert line.connection.phase is Phase.CLOSING
+    assert "TypeError" in caplog.text
+    assert "secret" not in caplog.text

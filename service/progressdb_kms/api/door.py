@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import replace
 from functools import partial
@@ -19,6 +20,7 @@ from progressdb_kms.api.answering import (
     perform,
 )
 from progressdb_kms.api.call import Call
+from progressdb_kms.api.handlers import create_request, created
 from progressdb_kms.api.longbatch import LONG_BYTES
 from progressdb_kms.api.problems import problem_of
 from progressdb_kms.api.routes import ROUTES
@@ -30,11 +32,13 @@ if TYPE_CHECKING:
 
     from progressdb_kms.api.answering import Api, Counted
     from progressdb_kms.api.call import Answer, Route
+    from progressdb_kms.usecases.creation import Order, Result, Share
     from progressdb_kms.usecases.encryption import Hot, Loaded, Miss
     from progressdb_kms.usecases.session import Session
 
     HotFunction = Callable[[Session, str, str, bytes, Loaded], bytes | Miss]
     RawAnswer = tuple[int, bytes, Answer, bool]
+    Tell = Callable[[RawAnswer], None]
 
 log = structlog.get_logger(__name__)
 
@@ -50,6 +54,7 @@ HOT_PATHS: Final = (
     "/healthz",
 )
 """All routes of the wire contract: one of them left out would make a connection slow for ever."""
+_CREATE: Final = "/create_dek_for_thread"
 
 # What stands in these fields and in no other way is understood here; all else is the slow way's to negotiate.
 _TYPES: Final = {"": JSON, JSON: JSON, MSGPACK: MSGPACK}
@@ -132,6 +137,7 @@ class HotRequest:
         "_at_once",
         "_content_type",
         "_counted",
+        "_creates",
         "_debug",
         "_functions",
         "_head",
@@ -164,13 +170,16 @@ class HotRequest:
         self._content_type = content_type
         self._accept = accept
         self._hot = hot
+        self._creates = route.path == _CREATE
         self._debug = debug
         self._request_id = given_request_id(head.fields.get("x-request-id", ""))
         self._prefix = b"content-type: %b\r\ncontent-length: " % accept.encode()
         self.body_limit = api.body_limit(route)
         self._at_once = LONG_BYTES if route.batch else self.body_limit
 
-    def answer(self, session: object, body: bytes) -> RawAnswer | Callable[[], Awaitable[RawAnswer]]:
+    def answer(
+        self, session: object, body: bytes
+    ) -> RawAnswer | Callable[[], Awaitable[RawAnswer]] | PendingCreate:
         """Answer out of memory, or return what waits for the answer; never raises."""
         began = time.perf_counter()
         caller = cast("Session", session)
@@ -184,6 +193,11 @@ class HotRequest:
                 return self._failed(caller, error, request_id, began)
             if type(answer) is bytes:
                 return self._done(caller, answer, request_id, began)
+        elif self._creates and not caller.limited:
+            try:
+                return PendingCreate(self, caller, self._order(caller, body, request_id), began)
+            except Exception as error:  # noqa: BLE001 - explained to log and caller
+                return self._failed(caller, error, request_id, began)
         return partial(self._later, caller, body, request_id, began)
 
     def late(self, session: object) -> RawAnswer:
@@ -192,6 +206,35 @@ class HotRequest:
         return self._failed(
             cast("Session", session), errors.RequestTimeout(), self._request_id or new_request_id(), began
         )
+
+    def _order(self, session: Session, body: bytes, request_id: str) -> Order:
+        authorise(self._route, session)
+        return create_request(
+            self._api.kms,
+            session,
+            self._content_type,
+            body,
+            self._head.fields.get("idempotency-key"),
+            request_id,
+        )
+
+    def create(self, order: Order, tell: Callable[[list[Result] | Exception], None]) -> Share:
+        """Have a DEK made."""
+        return self._api.kms.creation.order((order,), tell)
+
+    def answer_created(
+        self, session: Session, results: list[Result] | Exception, request_id: str, began: float
+    ) -> RawAnswer:
+        """Answer a request to make a DEK; never raises."""
+        try:
+            return self._done(session, created(self._accept, results), request_id, began)
+        except Exception as error:  # noqa: BLE001 - explained to log and caller
+            return self._failed(session, error, request_id, began)
+
+    @property
+    def request_timeout(self) -> float:
+        """Seconds that an answer may take."""
+        return self._api.limits.request_timeout
 
     async def _later(self, session: Session, body: bytes, request_id: str, began: float) -> RawAnswer:
         # Runs in a task of its own, whose context ends with it.
@@ -259,3 +302,42 @@ class HotRequest:
                     identity=session.name,
                     seconds=seconds,
                 )
+
+
+class PendingCreate:
+    """A request to make a DEK, which waits for the store together with others', without a task of its own."""
+
+    __slots__ = ("_began", "_order", "_request", "_session", "_share", "_tell", "_timer")
+
+    _share: Share
+    _tell: Tell
+    _timer: asyncio.TimerHandle
+
+    def __init__(self, request: HotRequest, session: Session, order: Order, began: float) -> None:
+        self._request = request
+        self._session = session
+        self._order = order
+        self._began = began
+
+    def begin(self, tell: Tell) -> None:
+        """Begin; ``tell`` is called with the answer, unless it is given up before."""
+        self._tell = tell
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(self._request.request_timeout, self._late)
+        self._share = self._request.create(self._order, self._made)
+
+    def give_up(self) -> None:
+        """Let nobody be told: the peer is gone."""
+        self._timer.cancel()
+        self._share.give_up()
+
+    def _made(self, results: list[Result] | Exception) -> None:
+        self._timer.cancel()
+        self._answer(results)
+
+    def _late(self) -> None:
+        self._share.give_up()
+        self._answer(errors.DeadlineExceeded())
+
+    def _answer(self, results: list[Result] | Exception) -> None:
+        self._tell(self._request.answer_created(self._session, results, self._order.request_id, self._began))

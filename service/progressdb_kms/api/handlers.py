@@ -36,7 +36,7 @@ from progressdb_kms.domain.keys import KeyState, StateChange
 from progressdb_kms.domain.policy import Permission
 from progressdb_kms.usecases import auditread, dekrotation, lifecycle, rotationwatch
 from progressdb_kms.usecases.batches import BatchReader
-from progressdb_kms.usecases.creation import Wanted, create_deks
+from progressdb_kms.usecases.creation import Order, Result, Wanted, create_deks, order_of
 from progressdb_kms.usecases.encryption import DECRYPT_BATCH, ENCRYPT_BATCH, failed
 from progressdb_kms.usecases.messages import (
     CreatedDek,
@@ -47,12 +47,16 @@ from progressdb_kms.usecases.messages import (
     RewrappedDek,
     RewrapRequest,
     WrappedDek,
+    encode,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
     from msgspec import Struct
+
+    from progressdb_kms.usecases.context import Kms
+    from progressdb_kms.usecases.session import Session
 
 
 def _lengths(field: str) -> Callable[[Iterable[Struct]], int]:
@@ -75,13 +79,34 @@ _SCHEDULE: Final = Reader(ScheduleDestruction)
 
 async def create_dek_for_thread(call: Call) -> bytes:
     """Make a DEK for a thread."""
-    request = _CREATE.read(call.content_type, call.body)
-    (result,) = await create_deks(
-        call.kms, call.session, [Wanted(request.thread_id, _idempotency_key(call))], call.request_id
+    order = create_request(
+        call.kms, call.session, call.content_type, call.body, _idempotency_key(call), call.request_id
     )
-    if isinstance(result, KmsError):
+    return created(call.accept, await call.kms.creation.make((order,)))
+
+
+def create_request(
+    kms: Kms, session: Session, content_type: str, body: bytes, idempotency_key: str | None, request_id: str
+) -> Order:
+    """Return the order that a request to make one DEK gives.
+
+    Raises:
+        KmsError: The body or the key is not in order, or the caller may not.
+    """
+    wanted = Wanted(_CREATE.read(content_type, body).thread_id, idempotency_key)
+    return order_of(kms, session, wanted, request_id)
+
+
+def created(accept: str, results: list[Result] | Exception) -> bytes:
+    """Return the answer to a request to make one DEK.
+
+    Raises:
+        KmsError: It was not made.
+    """
+    (result,) = (results,) if isinstance(results, Exception) else results
+    if isinstance(result, Exception):
         raise result
-    return call.answer(CreatedDek.of(result))
+    return encode(accept, CreatedDek.of(result))
 
 
 def _idempotency_key(call: Call) -> str | None:

@@ -21,7 +21,10 @@ def fields_of(event: AuditEvent, at: float, instance: str) -> dict[str, object]:
         "identity": event.identity,
         "request_id": event.request_id,
     }
-    for name in ("key_id", "thread_id", "detail"):
-        if value := getattr(event, name):
-            record[name] = value
+    if event.key_id:
+        record["key_id"] = event.key_id
+    if event.thread_id:
+        record["thread_id"] = event.thread_id
+    if event.detail:
+        record["detail"] = event.detail
     return record

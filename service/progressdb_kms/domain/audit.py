@@ -21,9 +21,9 @@ import hashlib
 import hmac
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -49,6 +49,11 @@ _SIGNATURE_HEAD: Final = b',"signature":"'
 _SIGNATURE_TAIL: Final = len(_SIGNATURE_HEAD) + 128 + 1
 _HEX: Final = re.compile(rb"[0-9a-f]+")
 _encode = json.JSONEncoder(separators=(",", ":")).encode
+_WRITE: Final[Mapping[type, Callable[[Any], str]]] = {
+    str: json.encoder.encode_basestring_ascii,
+    int: int.__repr__,
+    float: float.__repr__,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +122,7 @@ class AuditKey:
         return self._private.sign(_SIGNED + body).hex()
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """A record of a chain.
 
     Attributes:
@@ -333,4 +337,6 @@ def _read_json(text: bytes) -> Any:  # noqa: ANN401 - whatever JSON may hold
 
 
 def _json(fields: Mapping[str, object]) -> bytes:
-    return _encode(fields).encode("ascii")
+    # What ``json`` makes of it, which sets up an encoder anew for each line. Names are ours and plain.
+    members = [f'"{name}":{_WRITE.get(type(value), _encode)(value)}' for name, value in fields.items()]
+    return f"{{{','.join(members)}}}".encode("ascii")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import re
 import unicodedata
@@ -181,7 +180,7 @@ def check_idempotency_key(value: str) -> str:
 def slot_tag(thread_id: str) -> str:
     """Return the slot tag of a thread: the first 10 bits of SHA-256(thread_id) in base32 (RFC 4648)."""
     digest = hashlib.sha256(thread_id.encode()).digest()
-    return _BASE32[digest[0] >> 3] + _BASE32[(digest[0] & 7) << 2 | digest[1] >> 6]
+    return ALL_TAGS[digest[0] << 2 | digest[1] >> 6]
 
 
 def new_key_id(thread_id: str, random: bytes) -> str:
@@ -242,4 +241,6 @@ def may_belong(key_id: str, thread_id: str) -> bool:
 
 
 def _unique(raw: bytes) -> str:
-    return base64.b32encode(raw).decode()[:UNIQUE_CHARS]
+    # Base32 (RFC 4648) in half the library's time, by two characters: the tags are all pairs of them.
+    bits = int.from_bytes(raw) >> (8 * len(raw) - 5 * UNIQUE_CHARS)
+    return "".join([ALL_TAGS[bits >> shift & 1023] for shift in range(5 * UNIQUE_CHARS - 10, -1, -10)])

@@ -2,8 +2,9 @@
 
 A connection begins at the door. Its input is looked at as it comes: a whole, wholly ordinary request
 (``transport.ordinary``) for a route that the app has made ready is answered on the spot, or, where the
-answer has to wait for the store, by one task. Anything else goes on unchanged to Hypercorn, and so does all
-that ever follows on this connection: from then on its parser alone knows where the next request begins.
+answer has to wait for the store, later: by a task of its own, or by one that many wait for. Anything else
+goes on unchanged to Hypercorn, and so does all that ever follows on this connection: from then on its parser
+alone knows where the next request begins.
 
 What keeps it honest:
 
@@ -19,12 +20,14 @@ What keeps it honest:
 
 from __future__ import annotations
 
+import logging
 import time
 from email.utils import formatdate
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final, Protocol, TypeAlias, cast
 
 from progressdb_kms.transport.connection import READ_BUFFER, Connection, Phase
+from progressdb_kms.transport.inbox import where
 from progressdb_kms.transport.ordinary import HEAD_END, Head, parse_head
 
 if TYPE_CHECKING:
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
     from progressdb_kms.settings import Limits
 
     Later = Callable[[], Awaitable["RawAnswer"]]
+
+log = logging.getLogger(__name__)
 
 # The same as one write of the slow way's.
 PIECE: Final = 2**16
@@ -49,14 +54,24 @@ RawAnswer: TypeAlias = "tuple[int, bytes, bytes | list[bytes], bool]"
 """Status, header lines, body (a long one in pieces), and whether the connection must close after it."""
 
 
+class Pending(Protocol):
+    """An answer that somebody else's task will have."""
+
+    def begin(self, tell: Callable[[RawAnswer], None]) -> None:
+        """Begin; ``tell`` is called with the answer once, later."""
+
+    def give_up(self) -> None:
+        """Tell nothing any more."""
+
+
 class Ready(Protocol):
     """One kind of request, made ready from its head: the same head is not looked at twice."""
 
     body_limit: int
     """Bytes; a longer body is the slow way's to refuse."""
 
-    def answer(self, session: object, body: bytes) -> RawAnswer | Later:
-        """Answer a request, or return what will; neither ever raises but for cancellation.
+    def answer(self, session: object, body: bytes) -> RawAnswer | Later | Pending:
+        """Answer a request, or return what will; none ever raises but for cancellation.
 
         A long body may be a bytearray, which nobody changes any more.
         """
@@ -103,6 +118,7 @@ class Door:
         "_length",
         "_limits",
         "_paused",
+        "_pending",
         "_ready",
         "_session",
         "_soon",
@@ -146,6 +162,7 @@ class Door:
         self._busy = False
         self._turning = False
         self._paused = False
+        self._pending: Pending | None = None
         self._task: asyncio.Task[None] | None = None
         self._soon = soon
 
@@ -158,6 +175,9 @@ class Door:
         """Give up the answer that is outstanding: nobody is there to take it."""
         if self._task is not None:
             self._task.cancel()
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.give_up()
 
     def received(self, data: bytes) -> None:
         """Take input."""
@@ -301,7 +321,26 @@ class Door:
         else:
             self._busy = True
             self._connection.request_began()
-            self._task = self._start(self._finish, answer)
+            if isinstance(answer, tuple) or callable(answer):
+                self._task = self._start(self._finish, answer)
+            else:
+                self._pending = answer
+                answer.begin(self._told)
+
+    def _told(self, answer: RawAnswer) -> None:
+        """Send the answer that was pending."""
+        self._pending = None
+        try:
+            if not _is_short(answer):
+                self._task = self._start(self._finish, answer)
+            elif self._written(answer):
+                if self._blocked():
+                    self._task = self._start(self._flush)
+                else:
+                    self._go_on()
+        except Exception as error:  # noqa: BLE001 - a bug must cost this connection only
+            log.error("connection from %s failed: %s", self._connection.peer, where(error))  # noqa: TRY400 - see where
+            self._connection.abort("error")
 
     def _send(self, answer: RawAnswer) -> None:
         """Send an answer that fits into one piece."""

@@ -39,7 +39,7 @@ from progressdb_kms.ports import AuditEvent
 from progressdb_kms.usecases.keycache import CachedDek
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from progressdb_kms.usecases.context import Kms
     from progressdb_kms.usecases.session import Session
@@ -77,7 +77,7 @@ class _Item:
 
     Attributes:
         order: What is wanted.
-        result: Until it is known, that the store did not take it.
+        result: None until it is known, and where the store did not take it.
         made: This very order made the key.
     """
 
@@ -85,15 +85,42 @@ class _Item:
 
     def __init__(self, order: Order) -> None:
         self.order = order
-        self.result: Result = StoreUnavailable()
+        self.result: Result | None = None
         self.made = False
 
 
-class _Share(NamedTuple):
-    """What one caller wants of a group."""
+class Share:
+    """What one caller wants of a group, and how it is told."""
 
-    items: list[_Item]
-    done: asyncio.Future[None]
+    __slots__ = ("_tell", "items")
+
+    def __init__(self, orders: Sequence[Order], tell: Callable[[list[Result] | Exception], None]) -> None:
+        self.items = [_Item(order) for order in orders]
+        self._tell: Callable[[list[Result] | Exception], None] | None = tell
+
+    @property
+    def given_up(self) -> bool:
+        """Whether nobody waits for it any more."""
+        return self._tell is None
+
+    def give_up(self) -> None:
+        """Be told nothing. What was begun is ended and recorded all the same; what was not is never made."""
+        self._tell = None
+
+    def end(self, failure: Exception | None) -> None:
+        """Tell the caller how it went.
+
+        Args:
+            failure: Why nothing was made in the whole group. Else each item says for itself how it went.
+        """
+        tell, self._tell = self._tell, None
+        if tell is None:
+            return
+        results = [item.result or StoreUnavailable() for item in self.items]
+        if failure is None or any(isinstance(result, DekRecord) for result in results):
+            tell(results)
+        else:
+            tell(failure)
 
 
 class Creation:
@@ -105,31 +132,53 @@ class Creation:
 
     def __init__(self, kms: Kms) -> None:
         self._kms = kms
-        self._waiting: deque[_Share] = deque()
+        self._waiting: deque[Share] = deque()
         self._groups: set[asyncio.Task[None]] = set()
         self._late = 0.0
 
-    async def make(self, orders: Sequence[Order]) -> list[Result]:
-        """Make DEKs and return one result each, in order; what is returned can't be lost.
-
-        Who is cancelled meanwhile has no result; what was begun for it is ended and recorded all the same.
+    def order(self, orders: Sequence[Order], tell: Callable[[list[Result] | Exception], None]) -> Share:
+        """Have DEKs made; what is told of as made can't be lost.
 
         Args:
             orders: ``GROUP`` at most.
-
-        Raises:
-            KmsError: None could be made, for a reason that has nothing to do with any of them.
+            tell: Called once, from the event loop: with one result each, in order, or with why none could be
+                made, a reason that has nothing to do with any of them.
         """
         loop = asyncio.get_running_loop()
-        share = _Share([_Item(order) for order in orders], loop.create_future())
+        share = Share(orders, tell)
         self._waiting.append(share)
-        if len(self._groups) < _GROUPS or loop.time() >= self._late:
+        now = loop.time()
+        if len(self._groups) < _GROUPS or now >= self._late:
+            self._late = now + _PATIENCE
             # In a context of its own: what is logged there is not the first caller's alone.
             group = loop.create_task(self._work(), context=Context())
             self._groups.add(group)
             group.add_done_callback(self._groups.discard)
-        await share.done
-        return [item.result for item in share.items]
+        return share
+
+    async def make(self, orders: Sequence[Order]) -> list[Result]:
+        """As ``order``, and wait; returns the results.
+
+        Who is cancelled meanwhile has given up its share.
+
+        Raises:
+            KmsError: None could be made, for a reason that has nothing to do with any of them.
+        """
+        done: asyncio.Future[list[Result]] = asyncio.get_running_loop().create_future()
+
+        def tell(results: list[Result] | Exception) -> None:
+            if done.done():
+                return  # cancelled, and not yet given up
+            if isinstance(results, Exception):
+                done.set_exception(results)
+            else:
+                done.set_result(results)
+
+        share = self.order(orders, tell)
+        try:
+            return await done
+        finally:
+            share.give_up()
 
     async def settle(self) -> None:
         """Wait until nothing is under way."""
@@ -139,14 +188,17 @@ class Creation:
     async def _work(self) -> None:
         while self._waiting:
             self._late = asyncio.get_running_loop().time() + _PATIENCE
-            shares = [self._waiting.popleft()]
-            count = len(shares[0].items)
+            shares: list[Share] = []
+            count = 0
             while self._waiting and count + len(self._waiting[0].items) <= GROUP:
-                shares.append(self._waiting.popleft())
-                count += len(shares[-1].items)
-            await self._make(shares)
+                share = self._waiting.popleft()
+                if not share.given_up:
+                    shares.append(share)
+                    count += len(share.items)
+            if shares:
+                await self._make(shares)
 
-    async def _make(self, shares: Sequence[_Share]) -> None:
+    async def _make(self, shares: Sequence[Share]) -> None:
         items = [item for share in shares for item in share.items]
         failure: Exception | None = InternalError()
         try:
@@ -154,14 +206,10 @@ class Creation:
         except Exception as error:  # noqa: BLE001 - each caller explains it to its log
             failure = error
         finally:
+            loop = asyncio.get_running_loop()
             for share in shares:
-                if share.done.done():
-                    continue
-                # With nothing made the caller gets the reason; else each item says for itself how it went.
-                if failure is None or any(isinstance(item.result, DekRecord) for item in share.items):
-                    share.done.set_result(None)
-                else:
-                    share.done.set_exception(failure)
+                # Each by itself: nobody's way of being told may keep the others from it.
+                loop.call_soon(share.end, failure)
 
     async def _audited(self, items: Sequence[_Item]) -> KmsError | None:
         audit = self._kms.audit
@@ -177,7 +225,7 @@ class Creation:
             if isinstance(item.result, DekRecord):
                 outcomes.append(_event(item.order, "ok", "" if item.made else "replay"))
             elif audit.durable:
-                outcomes.append(_event(item.order, "failed", item.result.code))
+                outcomes.append(_event(item.order, "failed", (item.result or StoreUnavailable).code))
         await audit.record(outcomes)
         return failure
 
@@ -280,7 +328,7 @@ async def _create_some(
     refused: list[KmsError | None] = []
     for want in wanted:
         try:
-            orders.append(_order(kms, session, want, request_id))
+            orders.append(order_of(kms, session, want, request_id))
             refused.append(None)
         except KmsError as error:
             refused.append(error)
@@ -288,7 +336,12 @@ async def _create_some(
     return [next(made) if error is None else error for error in refused]
 
 
-def _order(kms: Kms, session: Session, want: Wanted | KmsError, request_id: str) -> Order:
+def order_of(kms: Kms, session: Session, want: Wanted | KmsError, request_id: str) -> Order:
+    """Return the order of a caller that may give it.
+
+    Raises:
+        KmsError: A name is not well-formed, or the caller may not; or ``want``, where it is one.
+    """
     if isinstance(want, KmsError):
         raise want
     thread_id = check_thread_id(want.thread_id)

@@ -40,6 +40,7 @@ from progressdb_kms.store.redis.schema import (
     WRAPS_KEY,
     census_key,
     control_key,
+    decode_fields,
     decode_record,
     due_key,
     record_key,
@@ -228,7 +229,6 @@ def _create_call(dek: NewDek) -> Call:
         dek.kek_version,
         dek.created_at,
         dek.created_by,
-        *FIELDS,
     )
 
 
@@ -250,7 +250,7 @@ def _created(dek: NewDek, reply: Reply | Failure) -> DekRecord | KmsError:
             )
         case b"found":
             try:
-                record = decode_record(dek.key_id, reply[1])
+                record = decode_fields(dek.key_id, reply[1])
             except StoreUnavailable as error:
                 return error
             return record or StoreUnavailable("the store lost a record while it read it")

@@ -21,22 +21,31 @@ from progressdb_kms.store.redis.failures import Again, Failure, broken, lost, tr
 from progressdb_kms.store.redis.link import Command, Link, Reply
 
 BATCH: Final = 512
-"""Most commands in one write: bounds what one lost answer leaves in doubt, and how long others wait.
+"""Commands in one write after which no parcel is added: bounds what one lost answer leaves in doubt, and how
+long others wait.
 
 A command of weight n counts as n, so that what is heavy travels in several batches: the server works on one
 while the callers work on what came with the one before.
 """
 
+_ASKING: Final = ("ASKING",)
 _CLOSED: Final = Failure(StoreUnavailable("the connection to the store was closed"), Again.SOON)
 
 
-class _Item(NamedTuple):
-    """A command that waits for its batch."""
+class _Parcel(NamedTuple):
+    """Commands of one caller that wait for their batch."""
 
-    command: Command
+    commands: Sequence[Command]
     asking: bool
     weight: int
-    future: asyncio.Future[Reply]
+    future: asyncio.Future[list[Reply | Failure]]
+
+    def settle(self, failure: Failure) -> bool:
+        """Let all have failed for one reason; says whether they had no replies yet."""
+        if self.future.done():
+            return False
+        self.future.set_result([failure] * len(self.commands))
+        return True
 
 
 class StoreObserver(Protocol):
@@ -88,26 +97,29 @@ class Lane:
         self._confirm = confirm
         self._timeout = timeout
         self._observer = observer
-        self._queue: deque[_Item] = deque()
+        self._queue: deque[_Parcel] = deque()
         self._worker: asyncio.Task[None] | None = None
         self._link: Link | None = None
         self._closed = False
 
-    def submit(self, command: Command, *, asking: bool = False, weight: int = 1) -> asyncio.Future[Reply]:
-        """Queue a command. The future gets its reply or a ``Failure``, never an exception.
+    def submit(
+        self, commands: Sequence[Command], *, asking: bool = False, weight: int | None = None
+    ) -> asyncio.Future[list[Reply | Failure]]:
+        """Queue commands that travel together. The future gets the reply of each, or a ``Failure``.
 
-        Cancelling the future takes the command back if it has not been sent.
+        Cancelling the future takes the commands back if they have not been sent.
 
         Args:
-            command: The command and its arguments.
-            asking: Say ASKING first: the node is about to take over the slot.
-            weight: How many plain commands it takes as long as.
+            commands: Commands with their arguments.
+            asking: Say ASKING before each: the node is about to take over the slot.
+            weight: How many plain commands they take as long as; one each where it is not given.
         """
-        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[list[Reply | Failure]] = asyncio.get_running_loop().create_future()
+        parcel = _Parcel(commands, asking, len(commands) if weight is None else weight, future)
         if self._closed:
-            future.set_result(_CLOSED)
+            parcel.settle(_CLOSED)
             return future
-        self._queue.append(_Item(command, asking, weight, future))
+        self._queue.append(parcel)
         if self._worker is None:
             self._worker = asyncio.create_task(self._work())
         return future
@@ -120,33 +132,34 @@ class Lane:
             await asyncio.wait([self._worker])
         await self._drop()
         while self._queue:
-            future = self._queue.popleft().future
-            if not future.done():
-                future.set_result(_CLOSED)
+            self._queue.popleft().settle(_CLOSED)
 
     async def _work(self) -> None:
         try:
             while self._queue:
-                batch: list[_Item] = []
+                batch: list[_Parcel] = []
                 weight = 0
                 while self._queue and weight < BATCH:
-                    item = self._queue.popleft()
-                    if not item.future.done():
-                        batch.append(item)
-                        weight += item.weight
+                    parcel = self._queue.popleft()
+                    if not parcel.future.done():
+                        batch.append(parcel)
+                        weight += parcel.weight
                 if batch:
                     await self._run(batch)
         finally:
             self._worker = None
 
-    async def _run(self, batch: Sequence[_Item]) -> None:
+    async def _run(self, batch: Sequence[_Parcel]) -> None:
         failure = broken()
         try:
             link = await self._ready()
             confirmation = await self._confirm(link) if self._confirm else None
             commands: list[Command] = []
-            for item in batch:
-                commands += [("ASKING",), item.command] if item.asking else [item.command]
+            for parcel in batch:
+                if parcel.asking:
+                    commands += [part for command in parcel.commands for part in (_ASKING, command)]
+                else:
+                    commands += parcel.commands
             if confirmation:
                 commands.append(confirmation.command)
             started = time.perf_counter()
@@ -164,29 +177,29 @@ class Lane:
             raise
         finally:
             # Also when our own code broke: nobody may wait for what will not come.
-            undone = [item.future for item in batch if not item.future.done()]
-            if undone:
+            if [parcel for parcel in batch if parcel.settle(failure)]:
                 self._observer.failure(self._name)
-            for future in undone:
-                future.set_result(failure)
 
     @staticmethod
     def _deliver(
-        batch: Sequence[_Item],
+        batch: Sequence[_Parcel],
         replies: list[Reply],
         doubt: Failure | None,
     ) -> bool:
         """Hand out the replies; say whether the server may no longer be the right one."""
         suspect = doubt is not None
         answers = iter(replies)
-        for item in batch:
-            if item.asking:
-                next(answers)
-            reply = next(answers)
-            failure = translate(reply) or doubt
-            suspect = suspect or (failure is not None and failure.again is Again.SOON)
-            if not item.future.done():
-                item.future.set_result(failure or reply)
+        for parcel in batch:
+            delivered: list[Reply | Failure] = []
+            for _ in parcel.commands:
+                if parcel.asking:
+                    next(answers)
+                reply = next(answers)
+                failure = translate(reply) or doubt
+                suspect = suspect or (failure is not None and failure.again is Again.SOON)
+                delivered.append(failure or reply)
+            if not parcel.future.done():
+                parcel.future.set_result(delivered)
         return suspect
 
     async def _ready(self) -> Link:
@@ -225,8 +238,3 @@ class Confirmation:
             ),
             Again.SOON,
         )
-
-
-def _settle(future: asyncio.Future[Reply], result: Reply | Failure) -> None:
-    if not future.done():
-        future.set_result(result)

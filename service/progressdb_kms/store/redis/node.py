@@ -56,7 +56,7 @@ class Node:
     async def read(self, commands: Sequence[Command]) -> list[Reply | Failure]:
         """Run commands of this very server, again if the connection had died unnoticed."""
         for _ in range(2):
-            replies = [await reply for reply in [self.reads.submit(command) for command in commands]]
+            replies = await self.reads.submit(commands)
             if not any(isinstance(reply, Failure) and reply.again is Again.SOON for reply in replies):
                 break
         return replies

@@ -17,7 +17,7 @@ from progressdb_kms.store.redis import scripts
 from progressdb_kms.store.redis.failures import Failure
 from progressdb_kms.store.redis.notices import NOTICE_MAX_AGE_MS
 from progressdb_kms.store.redis.router import Call, checked, script_call
-from progressdb_kms.store.redis.schema import FIELDS, census_key, control_key, record_key, thread_key
+from progressdb_kms.store.redis.schema import census_key, control_key, record_key, thread_key
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -144,5 +144,4 @@ def _create_call(dek: NewDek, version: int) -> Call:
         dek.created_at,
         dek.created_by,
         version,
-        *FIELDS,
     )

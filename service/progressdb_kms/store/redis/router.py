@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeAlias
 
 from progressdb_kms.domain.errors import KmsError, StoreUnavailable
 from progressdb_kms.store.redis.address import Endpoint
 from progressdb_kms.store.redis.durability import FSYNC_PERIOD
 from progressdb_kms.store.redis.failures import Again, Failure
+from progressdb_kms.store.redis.lane import Lane
 from progressdb_kms.store.redis.link import Argument, Command, Reply
-from progressdb_kms.store.redis.node import Node
 from progressdb_kms.store.redis.scripts import Script
 from progressdb_kms.store.redis.topology import Topology
 from progressdb_kms.store.settings import StoreSettings
@@ -24,7 +24,7 @@ _SCRIPTS_A_SECOND: Final = 2_000
 _READ_TRIES: Final = 3
 """Reads give up early: their callers may have a copy in memory, and need to know soon."""
 _PART: Final = 128
-"""Calls of ``read_in_parts`` that share a round trip."""
+"""Calls that go to a node together, as far as they take as long as plain commands."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +67,9 @@ class _Attempt:
     reply: Reply | Failure = None
     whole: bool = False
     elsewhere: Endpoint | None = None
+
+
+_Sent: TypeAlias = dict["asyncio.Future[list[Reply | Failure]]", "list[_Attempt]"]
 
 
 class Router:
@@ -143,38 +146,44 @@ class Router:
                     error if isinstance(error, StoreUnavailable) else _why(attempt), again
                 )
             return
-        futures = [self._submit(attempt, durable=durable) for attempt in attempts]
-        if len(futures) == 1 and futures[0].done():
-            attempts[0].reply = futures[0].result()
+        sent = self._submit(attempts, durable=durable)
+        if not sent:
             return
         left = deadline - asyncio.get_running_loop().time()
         try:
-            await asyncio.wait(futures, timeout=max(left, 0))
+            await asyncio.wait(sent, timeout=max(left, 0))
         finally:
-            for attempt, future in zip(attempts, futures, strict=True):
+            for future, parcel in sent.items():
                 # Taking it back helps only while it is queued; once sent, its fate is unknown to us.
                 if future.done():
-                    attempt.reply = future.result()
+                    for attempt, reply in zip(parcel, future.result(), strict=True):
+                        attempt.reply = reply
                 else:
                     # A node that keeps its connections but does not answer may have a successor by now.
                     self.topology.invalidate()
-                    attempt.reply = Failure(_why(attempt))
-                future.cancel()
+                    for attempt in parcel:
+                        attempt.reply = Failure(_why(attempt))
+                    future.cancel()
 
-    def _submit(self, attempt: _Attempt, *, durable: bool) -> asyncio.Future[Reply]:
-        elsewhere, attempt.elsewhere = attempt.elsewhere, None
-        node: Node | None = self.topology.at(elsewhere) if elsewhere else self.topology.find(attempt.call.tag)
-        if node is None:
-            future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-            future.set_result(
-                Failure(StoreUnavailable("no node of the store holds this key's slot"), Again.SOON)
-            )
-            return future
-        lane = node.writes if durable else node.reads
-        call = attempt.call
-        return lane.submit(
-            call.command(whole=attempt.whole), asking=elsewhere is not None, weight=call.weight
-        )
+    def _submit(self, attempts: Sequence[_Attempt], *, durable: bool) -> _Sent:
+        parcels: dict[tuple[Lane, bool], list[_Attempt]] = {}
+        for attempt in attempts:
+            elsewhere, attempt.elsewhere = attempt.elsewhere, None
+            node = self.topology.at(elsewhere) if elsewhere else self.topology.find(attempt.call.tag)
+            if node is None:
+                attempt.reply = Failure(
+                    StoreUnavailable("no node of the store holds this key's slot"), Again.SOON
+                )
+                continue
+            lane = node.writes if durable else node.reads
+            parcels.setdefault((lane, elsewhere is not None), []).append(attempt)
+        sent: _Sent = {}
+        for (lane, asking), some in parcels.items():
+            for parcel in _parts(some):
+                commands = [attempt.call.command(whole=attempt.whole) for attempt in parcel]
+                weight = sum([attempt.call.weight for attempt in parcel])
+                sent[lane.submit(commands, asking=asking, weight=weight)] = parcel
+        return sent
 
     @staticmethod
     def _again(attempt: _Attempt) -> bool:
@@ -187,6 +196,19 @@ class Router:
             attempt.whole = True
         attempt.elsewhere = failure.endpoint
         return True
+
+
+def _parts(attempts: list[_Attempt]) -> Iterator[list[_Attempt]]:
+    """Cut what goes to one node into parcels, between which others' may travel."""
+    if len(attempts) == 1:
+        yield attempts
+        return
+    begin = weight = 0
+    for end, attempt in enumerate(attempts, 1):
+        weight += attempt.call.weight
+        if weight >= _PART or end == len(attempts):
+            yield attempts[begin:end]
+            begin, weight = end, 0
 
 
 def checked(reply: Reply | Failure) -> Reply:

@@ -166,6 +166,12 @@ def key_id_of(key: bytes) -> str:
     return key.rpartition(b":")[2].decode(errors="replace")
 
 
+def decode_fields(key_id: str, pairs: Sequence[bytes]) -> DekRecord | None:
+    """Return the record that fields and their values in turns (as of HGETALL) make; as ``decode_record``."""
+    found = dict(zip(pairs[::2], pairs[1::2], strict=True))
+    return decode_record(key_id, [found.get(name.encode()) for name in FIELDS])
+
+
 def decode_record(key_id: str, values: Sequence[bytes | None]) -> DekRecord | None:
     """Return the record that the values of ``FIELDS`` make, None where there is none.
 

@@ -10,7 +10,7 @@ from progressdb_kms.domain.keys import slot_tag
 from progressdb_kms.store.redis import scripts
 from progressdb_kms.store.redis.notices import NOTICE_MAX_AGE_MS
 from progressdb_kms.store.redis.router import Call, script_call
-from progressdb_kms.store.redis.schema import FIELDS, census_key, control_key, record_key, thread_key
+from progressdb_kms.store.redis.schema import census_key, control_key, record_key, thread_key
 
 if TYPE_CHECKING:
     from progressdb_kms.domain.keys import NewDek
@@ -119,7 +119,6 @@ class ThreadRotation:
             NOTICE_MAX_AGE_MS,
             record_key(tag, ""),
             ",".join(enabled),
-            *FIELDS,
         )
         return await self._router.write_one(call)
 

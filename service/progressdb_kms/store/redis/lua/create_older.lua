@@ -2,8 +2,7 @@
 -- Store a DEK under an id of the older form, unless it is taken; its thread's index, in another slot, has it already.
 -- KEYS  1 record  2 census of the KEK version  3 the slot's control hash
 -- ARGV  1 key_id  2 thread_id  3 wrapped  4 kek_id  5 kek_version  6 created_at  7 created_by  8 version
---       9... record fields
--- Returns {'created', version} | {'found', values of the record fields...} | {'collision'} | {'stale', floor}
+-- Returns {'created', version} | {'found', the record's fields and values} | {'collision'} | {'stale', floor}
 local thread = redis.call('HGET', KEYS[1], 'thread_id')
 if thread then
   if thread ~= ARGV[2] then
@@ -11,7 +10,7 @@ if thread then
   end
   -- A replay is an acknowledgement too. WAITAOF and WAIT speak of what their connection wrote, so write.
   redis.call('HINCRBY', KEYS[3], 'touched', 1)
-  return {'found', redis.call('HMGET', KEYS[1], unpack(ARGV, 9))}
+  return {'found', redis.call('HGETALL', KEYS[1])}
 end
 local floor = tonumber(redis.call('HGET', KEYS[3], 'floor') or '0')
 if tonumber(ARGV[5]) < floor then

@@ -3,8 +3,8 @@
 -- KEYS  1 record  2 the thread's index  3 census of the KEK version  4 the slot's control hash
 -- ARGV  1 key_id  2 thread_id  3 wrapped  4 kek_id  5 kek_version  6 created_at  7 created_by
 --       8 ms on this server's clock before the notices  9 most ms since then  10 start of a record's key
---       11 key_ids that were noticed, joined by commas  12... record fields
--- Returns {'created', version} | {'found', values of the record fields...} | {'collision'} | {'stale', floor}
+--       11 key_ids that were noticed, joined by commas
+-- Returns {'created', version} | {'found', the record's fields and values} | {'collision'} | {'stale', floor}
 --       | {'late'}: too late, or a key that would change was not noticed
 local thread = redis.call('HGET', KEYS[1], 'thread_id')
 if thread then
@@ -13,7 +13,7 @@ if thread then
   end
   -- A replay is an acknowledgement too. WAITAOF and WAIT speak of what their connection wrote, so write.
   redis.call('HINCRBY', KEYS[4], 'touched', 1)
-  return {'found', redis.call('HMGET', KEYS[1], unpack(ARGV, 12))}
+  return {'found', redis.call('HGETALL', KEYS[1])}
 end
 local floor = tonumber(redis.call('HGET', KEYS[4], 'floor') or '0')
 if tonumber(ARGV[5]) < floor then
