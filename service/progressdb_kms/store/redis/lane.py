@@ -40,12 +40,10 @@ class _Parcel(NamedTuple):
     weight: int
     future: asyncio.Future[list[Reply | Failure]]
 
-    def settle(self, failure: Failure) -> bool:
-        """Let all have failed for one reason; says whether they had no replies yet."""
-        if self.future.done():
-            return False
-        self.future.set_result([failure] * len(self.commands))
-        return True
+    def settle(self, failure: Failure) -> None:
+        """Let all have failed for one reason, unless they have their replies."""
+        if not self.future.done():
+            self.future.set_result([failure] * len(self.commands))
 
 
 class StoreObserver(Protocol):
@@ -150,7 +148,7 @@ class Lane:
             self._worker = None
 
     async def _run(self, batch: Sequence[_Parcel]) -> None:
-        failure = broken()
+        failure: Failure | None = None
         try:
             link = await self._ready()
             confirmation = await self._confirm(link) if self._confirm else None
@@ -177,8 +175,11 @@ class Lane:
             raise
         finally:
             # Also when our own code broke: nobody may wait for what will not come.
-            if [parcel for parcel in batch if parcel.settle(failure)]:
+            undone = [parcel for parcel in batch if not parcel.future.done()]
+            if undone:
                 self._observer.failure(self._name)
+            for parcel in undone:
+                parcel.settle(failure or broken())
 
     @staticmethod
     def _deliver(
