@@ -7,8 +7,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 BIN := .venv/bin
-# Two: what the smallest machine that runs this has, and every test worker starts a service and a store.
-WORKERS ?= 2
+# Two a core: a test waits for disks, deadlines and other processes about as long as it computes.
+WORKERS ?= $(shell echo $$((2 * $$(nproc))))
 # More words for the tool behind a verb: make test ARGS='-k idempotency'
 ARGS ?=
 # A path to write a JUnit report to (CI adds them up).
