@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
@@ -149,13 +150,15 @@ class Router:
         sent = self._submit(attempts, durable=durable)
         if not sent:
             return
-        left = deadline - asyncio.get_running_loop().time()
         try:
-            await asyncio.wait(sent, timeout=max(left, 0))
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(deadline):
+                    for future in sent:
+                        await future
         finally:
             for future, parcel in sent.items():
                 # Taking it back helps only while it is queued; once sent, its fate is unknown to us.
-                if future.done():
+                if future.done() and not future.cancelled():
                     for attempt, reply in zip(parcel, future.result(), strict=True):
                         attempt.reply = reply
                 else:
