@@ -209,10 +209,11 @@ manifests: install ## write deploy/k8s from the chart (needs helm)
 check-manifests: install ## is deploy/k8s what the chart renders, and do its overlays build? (needs helm, kubectl)
 	$(BIN)/python scripts/manifests.py --check
 
-# Needs KUBECONFIG, and in IMAGE the name of an image that the nodes have: docs/kubernetes.md.
+# Needs KUBECONFIG, and in IMAGE and CHAT_IMAGE the names of images that the nodes have: docs/kubernetes.md.
+CHAT_IMAGE ?= chat-server:dev
 .PHONY: test-cluster
 test-cluster: install ## the chart's life on a real cluster: make test-cluster IMAGE=progressdb-kms:test
-	IMAGE="$(IMAGE)" $(PYTEST) tests/cluster -m cluster --timeout=900 $(ARGS)
+	IMAGE="$(IMAGE)" CHAT_IMAGE="$(CHAT_IMAGE)" $(PYTEST) tests/cluster -m cluster --timeout=900 $(ARGS)
 
 # They are in `make test` too; ARGS=--full rotates 100,000 messages and kills the server 50 times meanwhile.
 .PHONY: test-examples

@@ -41,7 +41,8 @@ def named(chart: list[dict[str, Any]], kind: str, name: str) -> dict[str, Any]:
 def test_the_policy_grants_what_the_server_uses(chart: list[dict[str, Any]]) -> None:
     """Its identity may do five things with threads of its prefix, and nothing with others'."""
     text = named(chart, "ConfigMap", f"{RELEASE}-policy")["data"]["policy.yaml"]
-    (rule,) = [rule for rule in yaml.safe_load(text)["rules"] if rule["identities"] == ["dns:chat.chat.svc"]]
+    rules = yaml.safe_load(text)["rules"]
+    (rule,) = [rule for rule in rules if rule["identities"] == ["dns:chat-server.chat.svc"]]
     assert rule["permissions"] == ["key:create", "key:encrypt", "key:decrypt", "key:admin", "key:destroy"]
     assert rule["thread_prefixes"] == ["chat:"]
     parse_policy(yaml.safe_load(text))
@@ -57,7 +58,7 @@ def test_the_certificate_is_mounted_whole(
     text = next(data["provision.yaml"] for data in configs if "provision.yaml" in data)
     issued = yaml.safe_load(text)["certificates"]["certificates"]
     (mine,) = [each for each in issued if each["secret"] == secret["secretName"]]
-    assert (mine["namespace"], mine["usage"], mine["dns"]) == ("chat", "client", ["chat.chat.svc"])
+    assert (mine["namespace"], mine["usage"], mine["dns"]) == ("chat", "client", ["chat-server.chat.svc"])
     assert example["Deployment"]["metadata"]["namespace"] == "chat"
     (container,) = pod["containers"]
     (mount,) = [mount for mount in container["volumeMounts"] if mount["name"] == "kms"]

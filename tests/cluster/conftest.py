@@ -1,7 +1,8 @@
 """The cluster that KUBECONFIG names, a release in it, and the table of what the tests saw.
 
-Needs kubectl and helm on PATH, and in IMAGE the name of an image that the nodes have. Namespaces are made for
-the run and removed after it; KEEP=1 leaves them, to be looked at.
+Needs kubectl and helm on PATH, and in IMAGE and CHAT_IMAGE the names of images that the nodes have: the
+service's, and the chat server's on it. Namespaces are made for the run and removed after it; KEEP=1 leaves
+them, to be looked at.
 """
 
 from __future__ import annotations
@@ -89,6 +90,16 @@ def image() -> str:
     assert ":" in name, "set IMAGE to the name and tag of an image that the cluster's nodes have"
     done = run("kubectl", "version", "-o", "json", timeout=60)
     assert done.returncode == 0, f"KUBECONFIG leads to no cluster: {done.stderr.strip()}"
+    return name
+
+
+@pytest.fixture(scope="session")
+def chat_image() -> str:
+    """Return the name of the chat server's image."""
+    name = os.environ.get("CHAT_IMAGE", "")
+    assert ":" in name, (
+        "set CHAT_IMAGE to what `make image-chat` builds, with its tag, once the nodes have it"
+    )
     return name
 
 

@@ -16,11 +16,18 @@ from tests.docs.walkthrough import Terminals, steps
 
 pytestmark = pytest.mark.cluster
 
-# Stand-ins for what this cluster has no need of: the image under test is built from the same Dockerfile, and
-# the nodes have it. They take the tutorial's commands and no others.
+# Stand-ins for what this cluster has no need of: the images under test are built from the same Dockerfiles,
+# and the nodes have them. They take the tutorial's commands and no others.
+CHAT: Final = "deploy/examples/chat-server/Dockerfile"
 TOOLS: Final = {
-    "docker": '[ "$*" = "build -t $IMAGE ." ] && [ -f Dockerfile ]',
-    "kind": '[ "$*" = "load docker-image $IMAGE" ]',
+    "docker": f"""
+case $* in
+    "build -t $IMAGE .") [ -f Dockerfile ] ;;
+    "build -t $CHAT_IMAGE -f {CHAT} --build-arg BASE=$IMAGE examples") [ -f {CHAT} ] && [ -d examples ] ;;
+    *) false ;;
+esac
+""",
+    "kind": '[ "$*" = "load docker-image $IMAGE" ] || [ "$*" = "load docker-image $CHAT_IMAGE" ]',
 }
 
 
@@ -38,12 +45,17 @@ def namespaces() -> Iterator[list[Kube]]:
 
 def test_tutorial(
     image: str,
+    chat_image: str,
     namespaces: list[Kube],
     tmp_path: Path,
     saw: Callable[[str], None],
     stopwatch: Callable[[], float],
 ) -> None:
-    """Every command of the part `cluster` does what the page says, from the image to the clean-up."""
+    """Every command of the part `cluster` does what the page says, from the image to the clean-up.
+
+    With it the chat server's promises: its own certificate, messages that outlive all pods, none of them
+    readable where they are stored, and the rotation of a thread's key.
+    """
     checkout, tools, scratch = (tmp_path / name for name in ("checkout", "tools", "scratch"))
     for folder in (checkout, tools, scratch):
         folder.mkdir()
@@ -52,7 +64,7 @@ def test_tutorial(
     for name, command in TOOLS.items():
         (tools / name).write_text(f"#!/bin/bash\n{command}\n")
         (tools / name).chmod(0o755)
-    environment = reader(IMAGE=image)
+    environment = reader(IMAGE=image, CHAT_IMAGE=chat_image)
     environment["PATH"] = f"{tools}:{environment['PATH']}"
     todo = steps(TUTORIAL.read_text())["cluster"]
     terminals = Terminals(checkout, scratch, environment, deadline=900)
