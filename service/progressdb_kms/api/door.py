@@ -270,8 +270,8 @@ class HotRequest:
     def _done(self, session: Session, body: Answer, request_id: str, began: float) -> RawAnswer:
         self._count(session, 200, "ok", request_id, began)
         length = len(body) if isinstance(body, bytes) else sum(map(len, body))
-        id_line = b"\r\nx-request-id: %b\r\ncache-control: no-store\r\n" % request_id.encode()
-        return 200, b"%b%d%b" % (self._prefix, length, id_line), body, False
+        head = b"%b%d\r\nx-request-id: %b\r\ncache-control: no-store\r\n"
+        return 200, head % (self._prefix, length, request_id.encode()), body, False
 
     def _failed(self, session: Session, error: Exception, request_id: str, began: float) -> RawAnswer:
         with structlog.contextvars.bound_contextvars(**self._context(request_id)):
