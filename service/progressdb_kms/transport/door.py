@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 PIECE: Final = 2**16
 # Whoever sends so much at once has more to send, which a loop would read 32 times before it serves another.
 SHARE: Final = 2**16
+_CLOSING: Final = Phase.CLOSING  # see transport.connection
 _CLOSE: Final = b"connection: close\r\n"
 _END: Final = b"\r\n"
 _LAST_END: Final = b"Connection: close\r\n\r\n"
@@ -181,7 +182,7 @@ class Door:
 
     def received(self, data: bytes) -> None:
         """Take input."""
-        if self._connection.phase is Phase.CLOSING:
+        if self._connection.phase is _CLOSING:
             # Read away only: whoever was told that the connection closes gets nothing done on it any more.
             self._hand_on(data)
             return
@@ -233,7 +234,7 @@ class Door:
         if len(buffer) >= self._whole and self._ready is not None:
             body = self._taken()
             self._answer(self._ready, body)
-            if self._buffer and not self._busy and connection.phase is not Phase.CLOSING:
+            if self._buffer and not self._busy and connection.phase is not _CLOSING:
                 self._wait()
 
     def _taken(self) -> bytes:
@@ -260,7 +261,7 @@ class Door:
     def _turn(self) -> None:
         """Go on, now that the others had their turn. What is under way on the connection may have changed."""
         self._turning = False
-        if self._buffer and not self._busy and self._connection.phase is not Phase.CLOSING:
+        if self._buffer and not self._busy and self._connection.phase is not _CLOSING:
             self._look()
         self._flow()
 
@@ -357,12 +358,12 @@ class Door:
     def _written(self, answer: RawAnswer) -> bool:
         """Write an answer that fits into one piece; returns whether the connection goes on."""
         connection, transport = self._connection, self._transport
-        if connection.phase is Phase.CLOSING or transport.is_closing():
+        if connection.phase is _CLOSING or transport.is_closing():
             return False
         status, head, body, _ = answer
         close, close_line, last_line = self._ending(answer)
         transport.write(
-            b"%b%b%b%b%b%b" % (_STATUS[status], head, close_line, _date(), last_line, cast("bytes", body))
+            b"".join((_STATUS[status], head, close_line, _date(), last_line, body))  # type: ignore[arg-type]  # a short one
         )
         if close:
             connection.finish("done", answered=True)
@@ -388,7 +389,7 @@ class Door:
                 self._go_on()
             return
         connection = self._connection
-        if connection.phase is Phase.CLOSING:
+        if connection.phase is _CLOSING:
             return
         close, close_line, last_line = self._ending(answer)
         await self._write(_pieces_of(answer, close_line, last_line))
@@ -406,7 +407,7 @@ class Door:
         """Look at what came while an answer was outstanding."""
         self._busy = False
         self._connection.request_done(buffered=bool(self._buffer))
-        if self._buffer and self._connection.phase is not Phase.CLOSING:
+        if self._buffer and self._connection.phase is not _CLOSING:
             self._wait()
         self._flow()
 

@@ -60,6 +60,10 @@ DECRYPT: Final = Reader(DecryptItem)
 ENCRYPT_BATCH: Final = BatchReader(EncryptItem)
 DECRYPT_BATCH: Final = BatchReader(DecryptItem)
 
+# Looked up once, as in transport.connection.
+_TO_ENCRYPT: Final = Permission.ENCRYPT
+_TO_DECRYPT: Final = Permission.DECRYPT
+
 _KEY_ID: Final = attrgetter("key_id")
 _NONCES: Final = Layout(f"{NONCE_BYTES}s")
 
@@ -111,8 +115,8 @@ class Hot:
             ServiceError: The key can't be had now.
         """
         grants = session.grants()
-        if not grants.allows_some(Permission.ENCRYPT):
-            grants.require(Permission.ENCRYPT)
+        if not grants.allows_some(_TO_ENCRYPT):
+            grants.require(_TO_ENCRYPT)
         item = ENCRYPT.read(content_type, body)
         key = loaded.get(item.key_id) or self._lookup(item.key_id)
         if key is None:
@@ -140,8 +144,8 @@ class Hot:
             ServiceError: The key can't be had now.
         """
         grants = session.grants()
-        if not grants.allows_some(Permission.DECRYPT):
-            grants.require(Permission.DECRYPT)
+        if not grants.allows_some(_TO_DECRYPT):
+            grants.require(_TO_DECRYPT)
         item = DECRYPT.read(content_type, body)
         key = loaded.get(item.key_id) or self._lookup(item.key_id)
         if key is None:
@@ -162,8 +166,8 @@ class Hot:
             RequestError: The batch as a whole is not of the right form, or nothing of it may be granted.
         """
         grants = session.grants()
-        if not grants.allows_some(Permission.ENCRYPT):
-            grants.require(Permission.ENCRYPT)
+        if not grants.allows_some(_TO_ENCRYPT):
+            grants.require(_TO_ENCRYPT)
         items = ENCRYPT_BATCH.read(content_type, body, self._kms.bounds.batch_items)
         results = self.encrypt_items(session, items, loaded)
         if isinstance(results, Miss):
@@ -223,8 +227,8 @@ class Hot:
             RequestError: The batch as a whole is not of the right form, or nothing of it may be granted.
         """
         grants = session.grants()
-        if not grants.allows_some(Permission.DECRYPT):
-            grants.require(Permission.DECRYPT)
+        if not grants.allows_some(_TO_DECRYPT):
+            grants.require(_TO_DECRYPT)
         items = DECRYPT_BATCH.read(content_type, body, self._kms.bounds.batch_items)
         results = self.decrypt_items(session, items, loaded)
         if isinstance(results, Miss):
@@ -307,7 +311,7 @@ class Hot:
 def _may_encrypt(grants: Grants, key: CachedDek | KmsError) -> CachedDek:
     if isinstance(key, KmsError):
         raise key
-    grants.require(Permission.ENCRYPT, key.thread_id)
+    grants.require(_TO_ENCRYPT, key.thread_id)
     if key.state not in MAY_ENCRYPT:
         raise refusal(key.state)
     if key.exhausted:
@@ -318,7 +322,7 @@ def _may_encrypt(grants: Grants, key: CachedDek | KmsError) -> CachedDek:
 def _may_decrypt(grants: Grants, key: CachedDek | KmsError) -> CachedDek:
     if isinstance(key, KmsError):
         raise key
-    grants.require(Permission.DECRYPT, key.thread_id)
+    grants.require(_TO_DECRYPT, key.thread_id)
     if key.state not in MAY_DECRYPT:
         raise refusal(key.state)
     return key
