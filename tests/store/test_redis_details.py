@@ -9,9 +9,16 @@ from typing import Any
 
 import pytest
 
-from progressdb_kms.domain.errors import InvalidParameter, KmsError, RegistryLost, StoreUnavailable
+from progressdb_kms.domain.errors import (
+    InternalError,
+    InvalidParameter,
+    KmsError,
+    RegistryLost,
+    StoreUnavailable,
+)
 from progressdb_kms.domain.keys import DekRecord, KeyState, StateChange, locate
 from progressdb_kms.store.redis import RedisStore, StoreSettings, open_store, scripts
+from progressdb_kms.store.redis.link import Link
 from tests.store.conftest import new_dek, new_kek
 from tests.store.servers import Server
 
@@ -338,3 +345,26 @@ class TestListing:
         server.ask("HSET", "kms:{AA}:dek:hand-made", "thread_id", "x")
         page = await store.keys.list_keys(thread_id=None, state=None, limit=10, cursor=None)
         assert page.records == (record,)
+
+
+async def test_a_bug_keeps_nobody_waiting(
+    pair: tuple[Server, RedisStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever it meets is told of an internal error; what waits behind is sent."""
+    _, store = pair
+    record = await create(store)
+    real, met = Link.run, asyncio.Event()
+
+    async def broken(self: Link, commands: Any, seconds: float) -> Any:
+        if not met.is_set():
+            met.set()
+            await asyncio.sleep(0)
+            raise LookupError
+        return await real(self, commands, seconds)
+
+    monkeypatch.setattr(Link, "run", broken)
+    first = asyncio.create_task(store.keys.get([record.key_id]))
+    await met.wait()
+    assert await store.keys.get([record.key_id]) == [record]
+    with pytest.raises(InternalError):
+        await first

@@ -30,14 +30,20 @@ class Waiting:
     """An answer that somebody else will have, when the test lets it."""
 
     def __init__(self, answer: RawAnswer, waiting: list[Waiting]) -> None:
-        self.answer = answer
+        self.answer: RawAnswer | Exception = answer
         self.waiting = waiting
         self.given_up = False
 
-    def begin(self, tell: Callable[[RawAnswer], None]) -> None:
+    def begin(self, tell: Callable[[Callable[[], RawAnswer]], None]) -> None:
         """Wait for the test."""
         self.tell = tell
         self.waiting.append(self)
+
+    def made(self) -> RawAnswer:
+        """Make the answer."""
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
 
     def give_up(self) -> None:
         """Be told that nobody waits."""
@@ -170,7 +176,7 @@ class Line:
         waiting = self.app.waiting[:]
         self.app.waiting.clear()
         for each in waiting:
-            each.tell(each.answer)
+            each.tell(each.made)
 
     def settle(self) -> None:
         """Let all answers be given."""
@@ -464,7 +470,7 @@ def test_a_closed_connection_gives_up_the_pending_answer() -> None:
     line.connection.abort("revoked")
     line.door.close()
     assert waiting.given_up
-    waiting.tell(waiting.answer)
+    waiting.tell(waiting.made)
     assert line.answers == []
 
 
@@ -491,13 +497,17 @@ def test_a_long_pending_answer_goes_out_in_pieces(monkeypatch: pytest.MonkeyPatc
     assert line.connection.phase is Phase.IDLE
 
 
+@pytest.mark.parametrize("where", ["making", "writing"])
 def test_a_bug_costs_one_connection(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Whoever tells the answer, and the others that it tells, know nothing of it; the log does."""
     line = Line()
     line.feed(request("/pending", b"secret"))
-    monkeypatch.setattr(line, "write", None)
+    if where == "making":
+        line.app.waiting[0].answer = TypeError("secret")
+    else:
+        monkeypatch.setattr(line, "write", None)
     line.step()
     assert line.connection.phase is Phase.CLOSING
     assert "TypeError" in caplog.text

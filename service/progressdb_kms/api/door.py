@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     HotFunction = Callable[[Session, str, str, bytes, Loaded], bytes | Miss]
     RawAnswer = tuple[int, bytes, Answer, bool]
-    Tell = Callable[[RawAnswer], None]
+    Tell = Callable[[Callable[[], RawAnswer]], None]
 
 log = structlog.get_logger(__name__)
 
@@ -320,7 +320,7 @@ class PendingCreate:
         self._began = began
 
     def begin(self, tell: Tell) -> None:
-        """Begin; ``tell`` is called with the answer, unless it is given up before."""
+        """Begin; ``tell`` is called with what makes the answer, unless it is given up before."""
         self._tell = tell
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(self._request.request_timeout, self._late)
@@ -340,4 +340,5 @@ class PendingCreate:
         self._answer(errors.DeadlineExceeded())
 
     def _answer(self, results: list[Result] | Exception) -> None:
-        self._tell(self._request.answer_created(self._session, results, self._order.request_id, self._began))
+        request_id = self._order.request_id
+        self._tell(partial(self._request.answer_created, self._session, results, request_id, self._began))

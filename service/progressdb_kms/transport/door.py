@@ -58,8 +58,8 @@ RawAnswer: TypeAlias = "tuple[int, bytes, bytes | list[bytes], bool]"
 class Pending(Protocol):
     """An answer that somebody else's task will have."""
 
-    def begin(self, tell: Callable[[RawAnswer], None]) -> None:
-        """Begin; ``tell`` is called with the answer once, later."""
+    def begin(self, tell: Callable[[Callable[[], RawAnswer]], None]) -> None:
+        """Begin; ``tell`` is called once, later, with what makes the answer."""
 
     def give_up(self) -> None:
         """Tell nothing any more."""
@@ -328,10 +328,11 @@ class Door:
                 self._pending = answer
                 answer.begin(self._told)
 
-    def _told(self, answer: RawAnswer) -> None:
-        """Send the answer that was pending."""
+    def _told(self, make: Callable[[], RawAnswer]) -> None:
+        """Make and send the answer that was pending."""
         self._pending = None
         try:
+            answer = make()
             if not _is_short(answer):
                 self._task = self._start(self._finish, answer)
             elif self._written(answer):

@@ -107,6 +107,9 @@ class Exchange(TCPServer):
             log.error("connection from %s failed: %s", self.connection.peer, errors)  # noqa: TRY400 - see where
             self.connection.abort("error")
         finally:
+            if self._door is not None:
+                # Also where this task was cancelled: a pending answer is no task of the connection's.
+                self._door.close()
             await self._close()
 
     def _open_door(self, app: DoorApp, tasks: ConnectionTasks) -> Door:

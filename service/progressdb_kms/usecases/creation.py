@@ -151,9 +151,7 @@ class Creation:
         if len(self._groups) < _GROUPS or now >= self._late:
             self._late = now + _PATIENCE
             # In a context of its own: what is logged there is not the first caller's alone.
-            group = loop.create_task(self._work(), context=Context())
-            self._groups.add(group)
-            group.add_done_callback(self._groups.discard)
+            self._groups.add(loop.create_task(self._work(), context=Context()))
         return share
 
     async def make(self, orders: Sequence[Order]) -> list[Result]:
@@ -186,11 +184,18 @@ class Creation:
             await asyncio.wait(self._groups)
 
     async def _work(self) -> None:
+        try:
+            await self._work_all()
+        finally:
+            # In the very step that found nobody waiting: who comes after it begins another.
+            self._groups -= {asyncio.current_task()}
+
+    async def _work_all(self) -> None:
         while self._waiting:
             self._late = asyncio.get_running_loop().time() + _PATIENCE
             shares: list[Share] = []
             count = 0
-            while self._waiting and count + len(self._waiting[0].items) <= GROUP:
+            while self._waiting and (not shares or count + len(self._waiting[0].items) <= GROUP):
                 share = self._waiting.popleft()
                 if not share.given_up:
                     shares.append(share)

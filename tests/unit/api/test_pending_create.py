@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,9 @@ class Scene:
         pending.begin(self.tell)
         return pending
 
-    def tell(self, answer: tuple[int, bytes, bytes | list[bytes], bool]) -> None:
+    def tell(self, make: Callable[[], tuple[int, bytes, bytes | list[bytes], bool]]) -> None:
         """Take an answer."""
-        status, _, body, _ = answer
+        status, _, body, _ = make()
         assert isinstance(body, bytes)
         self.answers.append((status, msgspec.json.decode(body)))
 
@@ -96,7 +97,8 @@ async def test_what_is_refused_is_refused_at_once(
     scene: Scene, body: bytes, name: str, status: int, code: str
 ) -> None:
     """Nothing is made, and the caller is told why; a stranger's body is not even looked at."""
-    scene.tell(scene.ask(body, scene.world.session(name)))
+    answer = scene.ask(body, scene.world.session(name))
+    scene.tell(lambda: answer)
     assert [(status, answer["code"]) for status, answer in scene.answers] == [(status, code)]
     assert scene.counted == [("/create_dek_for_thread", status, code)]
     await scene.settle()

@@ -11,9 +11,9 @@ import structlog
 
 from progressdb_kms.domain import errors
 from progressdb_kms.domain.envelope import parse_blob
-from progressdb_kms.domain.keys import DekRecord, KeyState, locate, slot_tag
+from progressdb_kms.domain.keys import DekRecord, KeyState, locate, new_key_id, slot_tag
 from progressdb_kms.usecases.context import Bounds
-from progressdb_kms.usecases.creation import GROUP, Wanted, create_deks
+from progressdb_kms.usecases.creation import GROUP, Order, Wanted, create_deks
 from progressdb_kms.usecases.lifecycle import get_key, rewrap
 from tests.unit.helpers import World, activate, create
 
@@ -318,3 +318,51 @@ async def test_a_group_logs_in_nobodys_name(world: World, monkeypatch: pytest.Mo
     with structlog.contextvars.bound_contextvars(request_id="the first caller's"):
         await make(world, "room:1")
     assert seen == [{}]
+
+
+async def test_whoever_comes_as_the_last_group_ends_is_made(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two groups' outcomes are in one write of the audit log, so that both end in one pass of the event loop.
+
+    Who comes in that very pass finds two groups that look for nobody any more.
+    """
+    writing: list[asyncio.Future[None]] = []
+
+    async def record(events: Any) -> None:
+        writing.append(asyncio.get_running_loop().create_future())
+        await writing[-1]
+
+    async def written(count: int) -> None:
+        while len(writing) < count:  # noqa: ASYNC110 - the loop's own turns are what is counted
+            await asyncio.sleep(0)
+        for each in writing:
+            each.set_result(None)
+        writing.clear()
+
+    monkeypatch.setattr(world.trail, "durable", True)
+    monkeypatch.setattr(world.trail, "record", record)
+    creation = world.kms.creation
+    told: list[Any] = []
+    for number in (1, 2):
+        creation.order((_order(number),), told.append)
+        await asyncio.sleep(0)
+    await written(2)  # intents
+    await written(2)  # outcomes
+    asyncio.get_running_loop().call_soon(creation.order, (_order(3),), told.append)
+    async with asyncio.timeout(5):
+        await written(1)
+        await written(1)
+        await creation.settle()
+        await asyncio.sleep(0)
+    assert len(told) == 3
+
+
+async def test_a_share_of_any_size_is_made(world: World) -> None:
+    """One that is larger than a group is a group by itself, and holds up nobody."""
+    records = await world.kms.creation.make([_order(number) for number in range(GROUP + 1)])
+    assert len({record.key_id for record in records if isinstance(record, DekRecord)}) == GROUP + 1
+
+
+def _order(number: int) -> Order:
+    return Order(new_key_id("room:1", (number << 20).to_bytes(17)), "room:1", "dns:server", "r")

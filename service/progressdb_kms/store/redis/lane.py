@@ -13,12 +13,15 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, NamedTuple, Protocol
 
+import structlog
 from redis.exceptions import RedisError
 
 from progressdb_kms.domain.errors import KmsError, StoreUnavailable
 from progressdb_kms.store.redis.address import Endpoint
 from progressdb_kms.store.redis.failures import Again, Failure, broken, lost, translate
 from progressdb_kms.store.redis.link import Command, Link, Reply
+
+log = structlog.get_logger(__name__)
 
 BATCH: Final = 512
 """Commands in one write after which no parcel is added: bounds what one lost answer leaves in doubt, and how
@@ -29,7 +32,6 @@ while the callers work on what came with the one before.
 """
 
 _ASKING: Final = ("ASKING",)
-_CLOSED: Final = Failure(StoreUnavailable("the connection to the store was closed"), Again.SOON)
 
 
 class _Parcel(NamedTuple):
@@ -115,7 +117,7 @@ class Lane:
         future: asyncio.Future[list[Reply | Failure]] = asyncio.get_running_loop().create_future()
         parcel = _Parcel(commands, asking, len(commands) if weight is None else weight, future)
         if self._closed:
-            parcel.settle(_CLOSED)
+            parcel.settle(_closed())
             return future
         self._queue.append(parcel)
         if self._worker is None:
@@ -130,7 +132,7 @@ class Lane:
             await asyncio.wait([self._worker])
         await self._drop()
         while self._queue:
-            self._queue.popleft().settle(_CLOSED)
+            self._queue.popleft().settle(_closed())
 
     async def _work(self) -> None:
         try:
@@ -142,8 +144,12 @@ class Lane:
                     if not parcel.future.done():
                         batch.append(parcel)
                         weight += parcel.weight
-                if batch:
+                if not batch:
+                    continue
+                try:
                     await self._run(batch)
+                except Exception:  # a bug must not keep those waiting that come after whom it met
+                    log.exception("store_lane_broken", lane=self._name)
         finally:
             self._worker = None
 
@@ -171,7 +177,7 @@ class Lane:
         except (RedisError, OSError, TimeoutError) as error:
             failure = lost(error, self._endpoint)
         except asyncio.CancelledError:
-            failure = _CLOSED
+            failure = _closed()
             raise
         finally:
             # Also when our own code broke: nobody may wait for what will not come.
@@ -239,3 +245,7 @@ class Confirmation:
             ),
             Again.SOON,
         )
+
+
+def _closed() -> Failure:
+    return Failure(StoreUnavailable("the connection to the store was closed"), Again.SOON)
