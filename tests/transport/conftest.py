@@ -16,6 +16,7 @@ import pytest
 import uvloop
 
 from progressdb_kms.settings import Admin, Drain, Limits, Listen, Tls, UnixListen
+from progressdb_kms.transport.door import DoorApp
 from progressdb_kms.transport.server import Server
 from progressdb_kms.transport.tls import TlsHolder
 from tests.transport.app import App
@@ -207,6 +208,7 @@ async def serve(tmp_path: Path) -> AsyncIterator[Serve]:
         session_for: Callable[[Any], object] = "session of {}".format,
         crl: bytes | None = None,
         require_current_crl: bool = False,
+        door: DoorApp | None = None,
     ) -> Running:
         ca, events, own_app = shared_ca(), Recorder(), App()
         cert, key = ca.server().write(tmp_path, "server")
@@ -237,6 +239,7 @@ async def serve(tmp_path: Path) -> AsyncIterator[Serve]:
             tls=tls,
             session_for=session_for,
             events=events,
+            door=door,
         )
         await server.start()
         started.append(Running(server, own_app, events, tls, files, tmp_path, ca))

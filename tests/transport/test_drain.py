@@ -13,6 +13,7 @@ from tests.transport.conftest import eventually
 from tests.transport.pki import client_context
 
 if TYPE_CHECKING:
+    from progressdb_kms.transport.door import RawAnswer
     from tests.transport.conftest import Serve
 
 
@@ -199,3 +200,53 @@ async def test_who_has_connected_by_then_is_served(serve: Serve) -> None:
     for sock in waiting:
         with sock:
             assert sock.recv(2**16).startswith(b"HTTP/1.1 200")
+
+
+class Unanswered:
+    """A hot route whose answer is pending for ever."""
+
+    starts = (b"POST /pending HTTP/1.1",)
+    body_limit = 100
+
+    def __init__(self) -> None:
+        self.begun = asyncio.Event()
+        self.given_up = False
+
+    def ready(self, head: object) -> Unanswered:
+        """Be ready."""
+        assert head
+        return self
+
+    def answer(self, session: object, body: bytes) -> Unanswered:
+        """Have no answer yet."""
+        assert session
+        assert body
+        return self
+
+    def late(self, session: object) -> RawAnswer:
+        """Never be asked."""
+        raise AssertionError(session)
+
+    def begin(self, tell: object) -> None:
+        """Tell nothing."""
+        assert tell
+        self.begun.set()
+
+    def give_up(self) -> None:
+        """Be told that nobody waits."""
+        self.given_up = True
+
+
+@pytest.mark.parametrize("how", ["drained", "cut", "gone"])
+async def test_an_answer_that_is_pending_is_given_up(serve: Serve, how: str) -> None:
+    """By a server that ends, at once or when its drain has lasted long enough, and when its peer is gone."""
+    door = Unanswered()
+    running = await serve(door=door, drain=Drain(delay=0, timeout=0.2))
+    peer = await running.tls_peer()
+    peer.ask("/pending", method="POST", body=b"x")
+    await door.begun.wait()
+    if how == "gone":
+        await peer.close()
+    else:
+        await (running.server.drain() if how == "drained" else running.server.abort())
+    await eventually(lambda: door.given_up)
