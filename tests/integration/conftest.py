@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
+from tests.integration.drill import Machine
 from tests.integration.world import Instance, World
 
 
@@ -44,3 +46,14 @@ def world(new_world: Callable[..., World]) -> World:
 def service(world: World) -> Instance:
     """Give the running service."""
     return world.instances[0]
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Machine]:
+    """A machine with a store that a service has been started on."""
+    made = Machine(tmp_path / "one")
+    made.start_store()
+    with made.service():
+        pass
+    yield made
+    made.lose()

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,6 @@ from progressdb_kms.cli.operator import INCOMPLETE
 from progressdb_kms.domain.errors import AuthenticationFailed, KeyDecryptOnly, KeyNotFound
 from tests.integration.drill import Machine
 from tests.older_service import FIRST_TIME, OlderService
-
-
-@pytest.fixture
-def machine(tmp_path: Path) -> Iterator[Machine]:
-    """A machine with a store that a service has been started on."""
-    made = Machine(tmp_path / "one")
-    made.start_store()
-    with made.service():
-        pass
-    yield made
-    made.lose()
 
 
 class Export:

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -55,17 +55,6 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     built = go(folder, "build", "-o", "bin/", "./export", "./seed")
     assert built.returncode == 0, built.stderr[-4_000:]
     return folder / "bin"
-
-
-@pytest.fixture
-def machine(tmp_path: Path) -> Iterator[Machine]:
-    """A machine with a store that a service has been started on."""
-    made = Machine(tmp_path / "one")
-    made.start_store()
-    with made.service():
-        pass
-    yield made
-    made.lose()
 
 
 def write(programs: Path, directory: Path, entries: Mapping[str, bytes]) -> None:

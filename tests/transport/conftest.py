@@ -16,7 +16,7 @@ import pytest
 import uvloop
 
 from progressdb_kms.settings import Admin, Drain, Limits, Listen, Tls, UnixListen
-from progressdb_kms.transport.door import DoorApp
+from progressdb_kms.transport.doorapp import DoorApp
 from progressdb_kms.transport.server import Server
 from progressdb_kms.transport.tls import TlsHolder
 from tests.transport.app import App

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from progressdb_kms.settings import Limits
 from progressdb_kms.transport import door
 from progressdb_kms.transport.connection import READ_BUFFER, Connection, Phase
-from progressdb_kms.transport.door import Door, RawAnswer, Ready
+from progressdb_kms.transport.door import Door
+from progressdb_kms.transport.doorapp import RawAnswer, Ready
 from progressdb_kms.transport.ordinary import Head
 
 LIMITS = Limits(header_bytes=1024, body_bytes=1024, plaintext_bytes=1)

@@ -13,7 +13,7 @@ from tests.transport.conftest import eventually
 from tests.transport.pki import client_context
 
 if TYPE_CHECKING:
-    from progressdb_kms.transport.door import RawAnswer
+    from progressdb_kms.transport.doorapp import RawAnswer
     from tests.transport.conftest import Serve
 
 

@@ -24,19 +24,18 @@ import logging
 import time
 from email.utils import formatdate
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Final, Protocol, TypeAlias, cast
+from typing import TYPE_CHECKING, Final, cast
 
 from progressdb_kms.transport.connection import READ_BUFFER, Connection, Phase
 from progressdb_kms.transport.inbox import where
-from progressdb_kms.transport.ordinary import HEAD_END, Head, parse_head
+from progressdb_kms.transport.ordinary import HEAD_END, parse_head
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Awaitable, Callable, Iterable, Iterator
 
     from progressdb_kms.settings import Limits
-
-    Later = Callable[[], Awaitable["RawAnswer"]]
+    from progressdb_kms.transport.doorapp import DoorApp, Later, Pending, RawAnswer, Ready
 
 log = logging.getLogger(__name__)
 
@@ -49,46 +48,6 @@ _CLOSE: Final = b"connection: close\r\n"
 _END: Final = b"\r\n"
 _LAST_END: Final = b"Connection: close\r\n\r\n"
 _STATUS: Final = {status.value: b"HTTP/1.1 %d \r\n" % status for status in HTTPStatus}
-
-
-RawAnswer: TypeAlias = "tuple[int, bytes, bytes | list[bytes], bool]"
-"""Status, header lines, body (a long one in pieces), and whether the connection must close after it."""
-
-
-class Pending(Protocol):
-    """An answer that somebody else's task will have."""
-
-    def begin(self, tell: Callable[[Callable[[], RawAnswer]], None]) -> None:
-        """Begin; ``tell`` is called once, later, with what makes the answer."""
-
-    def give_up(self) -> None:
-        """Tell nothing any more."""
-
-
-class Ready(Protocol):
-    """One kind of request, made ready from its head: the same head is not looked at twice."""
-
-    body_limit: int
-    """Bytes; a longer body is the slow way's to refuse."""
-
-    def answer(self, session: object, body: bytes) -> RawAnswer | Later | Pending:
-        """Answer a request, or return what will; none ever raises but for cancellation.
-
-        A long body may be a bytearray, which nobody changes any more.
-        """
-
-    def late(self, session: object) -> RawAnswer:
-        """Answer a request whose body did not come in time."""
-
-
-class DoorApp(Protocol):
-    """What the app has to say about hot routes."""
-
-    starts: tuple[bytes, ...]
-    """How the request lines of hot routes begin."""
-
-    def ready(self, head: Head) -> Ready | None:
-        """Make a request ready to be answered; None for the slow way."""
 
 
 class Door:

@@ -13,7 +13,7 @@ from hypercorn.events import Closed, Event, RawData, Updated
 from hypercorn.typing import ConnectionState
 
 from progressdb_kms.transport.connection import CLOSE_GRACE, Connection, ConnectionProtocol, Phase
-from progressdb_kms.transport.door import PIECE, Door, DoorApp
+from progressdb_kms.transport.door import PIECE, Door
 from progressdb_kms.transport.http1 import Http1
 from progressdb_kms.transport.inbox import ConnectionTasks, where
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from hypercorn.typing import AppWrapper
 
     from progressdb_kms.settings import Limits
+    from progressdb_kms.transport.doorapp import DoorApp
     from progressdb_kms.transport.turns import Turns
 
 log = logging.getLogger(__name__)

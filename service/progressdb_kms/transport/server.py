@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from progressdb_kms.domain.identity import Identity
     from progressdb_kms.settings import Admin, Drain, Limits, Listen, UnixListen
-    from progressdb_kms.transport.door import DoorApp
+    from progressdb_kms.transport.doorapp import DoorApp
     from progressdb_kms.transport.events import TransportEvents
     from progressdb_kms.transport.tls import TlsHolder
     from progressdb_kms.transport.trust import Chain
