@@ -165,11 +165,13 @@ class ChainedAuditLog:
 
     async def tick(self) -> None:
         """Write what could not be written before, sign what no signature vouches for; call it each second."""
-        if self._chain is None and not self._queue:
+        # A chain that was given up is named by the next one, which does not wait for an event to do so.
+        if self._chain is None and not self._queue and not self._after:
             return
         seq, at = self._signed_at
         unsigned = self._chain is not None and self._chain.last.seq > seq
-        if self._pending or self._queue or (unsigned and self._now() - at >= CHECKPOINT_SECONDS):
+        late = unsigned and self._now() - at >= CHECKPOINT_SECONDS
+        if self._pending or self._queue or self._after or late:
             self._wake()
             if self._worker is not None:
                 await asyncio.shield(self._worker)
@@ -178,7 +180,7 @@ class ChainedAuditLog:
         """Close the chain, if one is open, as far as it can be written now."""
         if self._worker is not None:
             await self._worker
-        if self._queue:
+        if self._queue or self._after:
             await self._once()
         chain = self._chain
         if chain is not None:

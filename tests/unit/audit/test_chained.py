@@ -152,6 +152,22 @@ async def test_a_store_that_lost_records_is_found_out(scene: Scene) -> None:
     assert scene.counts.told["conflict"] == 1
 
 
+async def test_a_conflict_is_told_without_an_event(scene: Scene) -> None:
+    """An idle instance that finds its history gone says so in a new chain at the next tick."""
+    log = scene.log()
+    await log.record([event(1)])
+    given_up = log.chain
+    scene.store.heads.clear()
+    scene.now += 61
+    await log.tick()
+    assert scene.counts.told["conflict"] == 1
+    await log.tick()
+    await log.tick()
+    opened = [each for each in map(json.loads, scene.lines()) if each["audit"] == "audit.open"]
+    assert [each.get("after", {}).get("chain") for each in opened] == [None, given_up]
+    await log.close()
+
+
 async def test_outcomes_survive_a_conflict(scene: Scene) -> None:
     """What the store lost before it was confirmed is written into the new chain."""
     log = scene.log()
