@@ -11,6 +11,7 @@ import pytest
 from progressdb_kms.domain.backup import Destruction
 from progressdb_kms.domain.errors import (
     BackupInvalid,
+    Fenced,
     KekMismatch,
     RegistryLost,
     RotationRefused,
@@ -20,7 +21,7 @@ from progressdb_kms.domain.errors import (
 from progressdb_kms.domain.keyring import KekState
 from progressdb_kms.domain.keys import ALL_TAGS, KeyState, StateChange, locate
 from progressdb_kms.domain.rotation import Rotation
-from progressdb_kms.ports import Destroyed, Imported
+from progressdb_kms.ports import Destroyed, Extras, Imported
 from progressdb_kms.store.memory import MemoryStore
 from progressdb_kms.usecases import backup, rotation, snapshots
 from progressdb_kms.usecases.backup import verify_export
@@ -138,6 +139,27 @@ async def test_no_registry_is_made_while_an_import_fills_the_store(scene: Scene,
     with pytest.raises(RegistryLost, match="being filled by an import"):
         await new.store.registry.initialise(new_kek())
     await import_export(new.vault, file.chunks)
+    await new.book.start(scene.now)
+
+
+async def test_import_under_a_lost_lock_is_not_finished(scene: Scene, harness: Harness) -> None:
+    """Whoever has the lock since may have retired what the records need; the same import can be run again."""
+    await scene.create("a")
+    file = await scene.export()
+    view = await scene.store.registry.load()
+    assert view is not None
+    _forget(harness)
+    new = await scene.elsewhere(harness.store)
+    sha256 = backup.inspect_export(file.chunks).ending.sha256
+    lost = await new.store.rotation_ledger.acquire("import", 0)
+    held = await new.store.rotation_ledger.acquire("another", 60)
+    assert await new.store.backups.begin_import(sha256)
+    with pytest.raises(Fenced):
+        await new.store.backups.finish_import(view, Extras(), lost)
+    with pytest.raises(RegistryLost):
+        await new.store.registry.initialise(new_kek())
+    await new.store.rotation_ledger.release(held)
+    assert (await import_export(new.vault, file.chunks)).counts == {"added": 1}
     await new.book.start(scene.now)
 
 

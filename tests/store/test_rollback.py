@@ -230,7 +230,7 @@ async def test_refused_where_it_would_not_help(scene: Scene) -> None:
     await scene.book.refresh()
     with pytest.raises(RotationRefused, match="version 1, which would be active again, is not loaded"):
         await back(scene).run()
-    await store.registry.retire(1, now=1)
+    await store.registry.retire(1, lock=await store.rotation_ledger.acquire("retire", 0))
     await scene.book.refresh()
     with pytest.raises(RotationRefused, match="version 1 is retired"):
         await back(scene).run()

@@ -291,7 +291,7 @@ class TestRegistry:
         await registry.stage(new_kek(2))
         lock = await ledger.acquire("leader", LONG)
         await registry.activate(2, now=50, lock=lock)
-        await registry.retire(1, now=60)
+        await registry.retire(1, lock=lock)
         for version in (1, 3):
             with pytest.raises(KekMismatch, match=f"version {version}"):
                 await registry.activate(version, now=70, lock=lock)
@@ -301,14 +301,29 @@ class TestRegistry:
         registry, ledger = harness.store.registry, harness.store.rotation_ledger
         await registry.initialise(new_kek(1))
         await registry.stage(new_kek(2))
-        await registry.activate(2, now=50, lock=await ledger.acquire("leader", LONG))
+        lock = await ledger.acquire("leader", LONG)
+        await registry.activate(2, now=50, lock=lock)
         await registry.stage(new_kek(3))
         for version in (2, 3, 4):
             with pytest.raises(RotationRefused, match=f"version {version}"):
-                await registry.retire(version, now=60)
-        view = await registry.retire(1, now=60)
+                await registry.retire(version, lock=lock)
+        view = await registry.retire(1, lock=lock)
         assert view.keks[1].state is KekState.RETIRED
-        assert await registry.retire(1, now=61) == view
+        assert await registry.retire(1, lock=lock) == view
+
+    async def test_retire_under_a_lost_lock(self, harness: Harness) -> None:
+        """What was checked under a lock that another has since is not acted upon."""
+        registry, ledger = harness.store.registry, harness.store.rotation_ledger
+        await registry.initialise(new_kek(1))
+        await registry.stage(new_kek(2))
+        lost = await ledger.acquire("host-1", 0)
+        held = await ledger.acquire("host-2", LONG)
+        await registry.activate(2, now=50, lock=held)
+        with pytest.raises(Fenced):
+            await registry.retire(1, lock=lost)
+        view = await registry.load()
+        assert view is not None
+        assert view.keks[1].state is KekState.DECRYPT_ONLY
 
     async def test_changes_at_the_same_moment(self, harness: Harness) -> None:
         """Changes by compare-and-set: none of ten at once is lost."""

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from progressdb_kms.domain.backup import Destruction, ExportNote
     from progressdb_kms.domain.keys import DekRecord
-    from progressdb_kms.ports.rotation import Manifest
+    from progressdb_kms.ports.rotation import Lock, Manifest
     from progressdb_kms.ports.service import RegistryView
 
 
@@ -85,10 +85,13 @@ class BackupStore(Protocol):
     async def raise_floors(self, version: int) -> None:
         """Raise the least KEK version that may be written in every slot."""
 
-    async def finish_import(self, view: RegistryView, extras: Extras) -> None:
+    async def finish_import(self, view: RegistryView, extras: Extras, lock: Lock) -> None:
         """Write the registry, which makes the store usable, and take away the mark of the import.
 
         A registry that is there already is kept; versions that it lacks are added as decrypt-only.
+
+        Raises:
+            Fenced: The lock has been taken over: a version that the records need may be retired by now.
         """
 
     async def floors(self) -> Mapping[str, int]:

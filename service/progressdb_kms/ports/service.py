@@ -189,11 +189,16 @@ class KekRegistry(Protocol):
             Fenced: The lock has been taken over.
         """
 
-    async def retire(self, version: int, *, now: int) -> RegistryView:
+    async def retire(self, version: int, *, lock: Lock) -> RegistryView:
         """Mark a decrypt-only version as retired: nothing needs it any more.
+
+        Args:
+            version: The version.
+            lock: Under which was checked that nothing does.
 
         Raises:
             RotationRefused: It is the active one, or staged.
+            Fenced: The lock has been taken over: something may need the version by now.
         """
 
     async def reserve_wraps(self, version: int, count: int) -> int:

@@ -60,7 +60,9 @@ class MemoryStore:
         self.audit = MemoryAudit()
         self.rotation_slots = MemorySlots(self._records, self._slots, self._floors)
         shelves = Shelves(self._records, self._threads, self._slots, self._floors, self._wraps)
-        self.backups = MemoryBackups(shelves, self.rotation_slots, lambda: self._view, self._register)
+        self.backups = MemoryBackups(
+            shelves, self.rotation_slots, lambda: self._view, self._register, self.rotation_ledger.require
+        )
         self.destruction = MemoryDestruction(shelves, self.rotation_slots, self._notice, time.time)
 
     @property
@@ -249,9 +251,11 @@ class MemoryStore:
                 raise instances_missing(version, missing)
         return self._change(change)
 
-    async def retire(self, version: int, *, now: int) -> RegistryView:  # noqa: ARG002 - the registry keeps no time of it
+    async def retire(self, version: int, *, lock: Lock) -> RegistryView:
         """Mark a decrypt-only version as retired; see ``KekRegistry.retire``."""
-        return self._change(retired(self._registered(), version))
+        change = retired(self._registered(), version)
+        self.rotation_ledger.require(lock)
+        return self._change(change)
 
     def _registered(self) -> RegistryView:
         if self._view is None:

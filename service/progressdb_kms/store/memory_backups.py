@@ -13,6 +13,7 @@ from progressdb_kms.domain.keys import ALL_TAGS, DekRecord, KeyState, locate
 from progressdb_kms.ports import Damaged, Destroyed, Extras, Imported, Manifest, RegistryView, Resealed
 
 if TYPE_CHECKING:
+    from progressdb_kms.ports.rotation import Lock
     from progressdb_kms.store.memory_rotation import MemorySlots
 
 
@@ -35,6 +36,7 @@ class MemoryBackups:
         rotation: Its snapshots.
         view: Gives the registry.
         register: Replaces it.
+        require: Raises Fenced unless a lock is held.
     """
 
     def __init__(
@@ -43,11 +45,13 @@ class MemoryBackups:
         rotation: MemorySlots,
         view: Callable[[], RegistryView | None],
         register: Callable[[RegistryView], None],
+        require: Callable[[Lock], None],
     ) -> None:
         self._shelves = shelves
         self._rotation = rotation
         self._view = view
         self._register = register
+        self._require = require
         self._importing = ""
         self._notes: dict[str, ExportNote] = {}
         self._escrow: dict[str, bytes] = {}
@@ -106,8 +110,9 @@ class MemoryBackups:
         floors = self._shelves.floors
         floors.update({tag: max(version, floors.get(tag, 0)) for tag in ALL_TAGS})
 
-    async def finish_import(self, view: RegistryView, extras: Extras) -> None:
+    async def finish_import(self, view: RegistryView, extras: Extras, lock: Lock) -> None:
         """Write the registry and take away the mark of the import; see ``BackupStore.finish_import``."""
+        self._require(lock)
         known = self._view()
         if known is None:
             self._register(replace(view, revision=1))

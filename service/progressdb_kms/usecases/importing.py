@@ -67,11 +67,12 @@ async def import_export(
         BackupInvalid: The file is damaged or forged, or made under other KEKs; or the store has other data.
         KekMismatch: The KEKs belong to another store than the one that this would make.
         RotationRunning: A rotation or another such command is running on the store.
+        Fenced: The lock was lost meanwhile; run it again.
         StoreUnavailable, StoreNotDurable: Run it again.
     """
     export = inspect_export(chunks)
     await authenticate_export(vault.source, export)
-    async with exclusive(vault.ledger, vault.owner):
+    async with exclusive(vault.ledger, vault.owner) as lock:
         view = await _target(vault, export, merge=merge)
         if (
             may_resurrect(export.header.created_at, vault.now())
@@ -102,7 +103,7 @@ async def import_export(
                         )
                         report.destroyed_here.append(record.key_id)
             await _remember(vault, export)
-            await vault.backups.finish_import(*_registry(export, view))
+            await vault.backups.finish_import(*_registry(export, view), lock)
     return report
 
 

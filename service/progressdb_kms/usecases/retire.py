@@ -163,8 +163,9 @@ async def retire(vault: Vault, version: int, chunks: Callable[[], Iterable[bytes
             the detail says what to do.
         BackupInvalid: The export is not verified, not complete, or needs the version itself.
         RotationRunning: A rotation or another such command is running.
+        Fenced: The lock was lost meanwhile, and something may need the version by now.
     """
-    async with exclusive(vault.ledger, vault.owner):
+    async with exclusive(vault.ledger, vault.owner) as lock:
         view = await current_view(vault)
         kek = view.keks.get(version)
         if kek is not None and kek.state is KekState.RETIRED:
@@ -181,7 +182,7 @@ async def retire(vault: Vault, version: int, chunks: Callable[[], Iterable[bytes
             raise RotationRefused(f"KEK version {version} is still needed: {'; '.join(reasons)}")
         await _require_export(vault, version, chunks, found.live, view.store_id)
         async with audited(vault, "kek.retire", f"kek {version}"):
-            view = await vault.registry.retire(version, now=int(vault.now()))
+            view = await vault.registry.retire(version, lock=lock)
     return view
 
 

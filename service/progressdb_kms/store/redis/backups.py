@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import Final
 
 from progressdb_kms.domain.backup import ExportNote
-from progressdb_kms.domain.errors import KeyNotFound, StoreUnavailable
+from progressdb_kms.domain.errors import Fenced, KeyNotFound, StoreUnavailable
 from progressdb_kms.domain.keyring import KekState
 from progressdb_kms.domain.keys import ALL_TAGS, DekRecord, KeyState, is_older, locate
 from progressdb_kms.ports import Damaged, Extras, Imported, Manifest, RegistryView
+from progressdb_kms.ports.rotation import Lock
 from progressdb_kms.store.redis import scripts
 from progressdb_kms.store.redis.link import Argument, Reply
 from progressdb_kms.store.redis.listing import any_record, scan_step
@@ -23,6 +24,7 @@ from progressdb_kms.store.redis.schema import (
     FIELDS,
     IMPORT_KEY,
     KEKS_KEY,
+    LOCK_KEY,
     SCHEMA_KEY,
     SCHEMA_VERSION,
     WRAPS_KEY,
@@ -130,7 +132,7 @@ class RedisBackups:
         for reply in await self._router.write(calls):
             checked(reply)
 
-    async def finish_import(self, view: RegistryView, extras: Extras) -> None:
+    async def finish_import(self, view: RegistryView, extras: Extras, lock: Lock) -> None:
         """Write the registry and take away the mark of the import; see ``BackupStore.finish_import``."""
         known = await self._router.read_one(Call(CONTROL, ("EXISTS", SCHEMA_KEY)))
         keks: list[Argument] = []
@@ -140,15 +142,16 @@ class RedisBackups:
             keks += [kek.version, encode_kek(replace(kek, state=state))]
         wraps: list[Argument] = [part for pair in extras.wraps.items() for part in pair]
         escrow: list[Argument] = [part for pair in extras.escrow.items() for part in pair]
-        await self._router.write_one(
+        finished = await self._router.write_one(
             script_call(
                 CONTROL,
                 scripts.IMPORT_FINISH,
-                (IMPORT_KEY, SCHEMA_KEY, KEKS_KEY, WRAPS_KEY, ESCROW_KEY),
+                (IMPORT_KEY, SCHEMA_KEY, KEKS_KEY, WRAPS_KEY, ESCROW_KEY, LOCK_KEY),
                 SCHEMA_VERSION,
                 view.store_id,
                 min(kek.created_at for kek in view.keks.values()),
                 view.active,
+                str(lock.token),
                 len(keks) // 2,
                 *keks,
                 len(wraps) // 2,
@@ -157,6 +160,8 @@ class RedisBackups:
                 *escrow,
             )
         )
+        if finished == b"fenced":
+            raise Fenced("another command has taken the lock of rotations: run the import again")
 
     async def floors(self) -> Mapping[str, int]:
         """Return the least KEK version that may be written by slot tag, 0 where none was set."""

@@ -93,9 +93,9 @@ class RedisRegistry:
             "" if live_since is None else repr(live_since),
         )
 
-    async def retire(self, version: int, *, now: int) -> RegistryView:  # noqa: ARG002 - the registry keeps no time of it
+    async def retire(self, version: int, *, lock: Lock) -> RegistryView:
         """Mark a decrypt-only version as retired; see ``KekRegistry.retire``."""
-        return await self._change(lambda view: retired(view, version))
+        return await self._change(lambda view: retired(view, version), str(lock.token))
 
     async def _change(
         self, decide: Callable[[RegistryView], RegistryChange], token: str = "", live_since: str = ""
