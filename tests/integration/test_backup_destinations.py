@@ -51,8 +51,17 @@ def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectS
     made.close()
 
 
-def has_a_socket(pid: int) -> bool:
-    """Say whether a process has begun to talk, which a backup does after it has seen to its signals."""
+def minds_sigterm(pid: int) -> bool:
+    """Say whether a process catches SIGTERM (proc(5), SigCgt)."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught.split()[1], 16) & 1 << (signal.SIGTERM - 1))
+
+
+def is_talking(pid: int) -> bool:
+    """Say whether a process that minds signals has begun to talk."""
+    if not minds_sigterm(pid):
+        return False  # its event loop has a socket of its own before it does
     links = []
     for link in Path(f"/proc/{pid}/fd").iterdir():
         with suppress(OSError):  # closed meanwhile
@@ -234,7 +243,7 @@ def test_sigterm_leaves_nothing_half_done(
         if place == "upload":
             wait_until(lambda: any(line.startswith("PUT") for line in storage.requests))
         else:
-            wait_until(lambda: has_a_socket(process.pid))
+            wait_until(lambda: is_talking(process.pid))
         process.send_signal(signal.SIGTERM)
     finally:
         storage.go_on.set()
@@ -253,7 +262,7 @@ def test_sigterm_stops_what_works_on_the_store(machine: Machine) -> None:
     words = [sys.executable, "-m", "progressdb_kms.cli", "backup", "list", "--config", machine.config]
     process = subprocess.Popen(list(map(str, words)), stderr=subprocess.PIPE, text=True)
     try:
-        wait_until(lambda: has_a_socket(process.pid))
+        wait_until(lambda: is_talking(process.pid))
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
     finally:
