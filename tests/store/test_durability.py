@@ -283,7 +283,7 @@ async def test_replica_confirms(own_server: Start, opened: Open, kind: str) -> N
 
 async def test_too_few_replicas_confirm(own_server: Start, opened: Open) -> None:
     """A write that no replica has confirmed is not acknowledged."""
-    store = await opened(own_server().url, min_replicas=1, wait_timeout=0.05, command_timeout=0.3)
+    store = await opened(own_server().url, min_replicas=1, wait_timeout=0.05, command_timeout=1.5)
     assert any("fewer than min_replicas" in warning for warning in store.health.status.warnings)
     (result,) = await store.keys.create([new_dek()])
     assert isinstance(result, StoreUnavailable)
