@@ -38,11 +38,16 @@ class Group:
     """Six nodes: the first three are primaries of a third of the slots each, the others their replicas."""
 
     def __init__(self, folder: Path) -> None:
-        self.nodes = [Server("redis", folder / f"n{n}", OPTIONS, free_port()).start() for n in range(6)]
+        # The bus has a port that is known to be free, instead of one 10,000 above the node's.
+        buses = [free_port() for _ in range(6)]
+        self.nodes = [
+            Server("redis", folder / f"n{n}", {**OPTIONS, "cluster-port": str(bus)}, free_port()).start()
+            for n, bus in enumerate(buses)
+        ]
         for epoch, node in enumerate(self.nodes, 1):
             node.ask("CLUSTER", "SET-CONFIG-EPOCH", epoch)
         for node in self.nodes[1:]:
-            node.ask("CLUSTER", "MEET", "127.0.0.1", self.nodes[0].port)
+            node.ask("CLUSTER", "MEET", "127.0.0.1", self.nodes[0].port, buses[0])
         for node, (first, last) in zip(self.nodes, RANGES, strict=False):
             node.ask("CLUSTER", "ADDSLOTSRANGE", first, last)
         until(lambda: all(b"cluster_known_nodes:6" in node.ask("CLUSTER", "INFO") for node in self.nodes))
