@@ -17,7 +17,7 @@ import yaml
 from progressdb_kms.cli.dev.layout import open_layout, prepare
 from progressdb_kms.client import AdminClient, SyncKmsProvider, open_sync_provider
 from progressdb_kms.domain.policy import Permission
-from tests.cli.helpers import GOOD, wait_until
+from tests.cli.helpers import GOOD, listens, wait_until
 
 EVERYTHING = tuple(str(permission) for permission in Permission)
 
@@ -79,7 +79,7 @@ class Machine:
         self._store = subprocess.Popen(
             [*command, "--dir", str(self.folder), "--logfile", str(self.folder / "store.log")]
         )
-        wait_until(self.store_socket.exists)
+        wait_until(lambda: listens(self.store_socket))
 
     def pause(self) -> None:
         """Freeze the store: connections stay, answers stop."""
