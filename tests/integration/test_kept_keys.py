@@ -49,7 +49,7 @@ def world(new_world: Callable[..., World], hsm: SoftHsm, transit: Transit) -> Wo
     write_private(token, "root\n")
     kek = {
         "pkcs11": hsm.section(),
-        "vault": {"address": transit.address, "token_file": str(token), "timeout": 2},
+        "vault": {"address": transit.address, "token_file": str(token), "timeout": 10},
     }
     for name in ("a", "b"):
         made.instance(name, kek=kek).start()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -110,10 +113,16 @@ async def test_append_only_file_that_is_being_made(own_server: Start, opened: Op
     server.ask("DEBUG", "POPULATE", "150")
     early = await opened(server.url)
     server.ask("CONFIG", "SET", "appendonly", "yes")
-    late = await opened(server.url)
-    for store in (early, late):
-        assert "is being made" in await refusal(store)
-        assert (await store.health.check()).problems
+    # Held, so that the rewrite lasts for as long as anybody looks.
+    (child,) = map(int, Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split())
+    os.kill(child, signal.SIGSTOP)
+    try:
+        late = await opened(server.url)
+        for store in (early, late):
+            assert "is being made" in await refusal(store)
+            assert (await store.health.check()).problems
+    finally:
+        os.kill(child, signal.SIGCONT)
     until(lambda: "aof_rewrite_in_progress:0" in str(server.ask("INFO", "persistence")))
     for store in (early, late):
         assert not (await store.health.check()).problems
