@@ -87,6 +87,11 @@ class Server:
         assert self.process
         return self.process.pid
 
+    @property
+    def children(self) -> list[int]:
+        """Process ids of what it has started: who rewrites its files."""
+        return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
+
     def start(self) -> Server:
         """Start, and return when it answers and has read its data."""
         self.folder.mkdir(parents=True, exist_ok=True)

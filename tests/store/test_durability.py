@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -114,7 +113,7 @@ async def test_append_only_file_that_is_being_made(own_server: Start, opened: Op
     early = await opened(server.url)
     server.ask("CONFIG", "SET", "appendonly", "yes")
     # Held, so that the rewrite lasts for as long as anybody looks.
-    (child,) = map(int, Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split())
+    (child,) = server.children
     os.kill(child, signal.SIGSTOP)
     try:
         late = await opened(server.url)
