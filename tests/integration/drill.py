@@ -112,7 +112,7 @@ class Machine:
             with open_sync_provider(url) as kms, AdminClient(url) as admin:
                 yield kms, admin
             process.send_signal(signal.SIGTERM)
-            assert process.wait(30) == 0, log.read_text()
+            assert process.wait(60) == 0, log.read_text()
         finally:
             process.kill()
             process.wait()
@@ -120,7 +120,7 @@ class Machine:
     def kms(self, *words: object) -> subprocess.CompletedProcess[str]:
         """Run a command of the package in a process of its own."""
         command = [sys.executable, "-m", "progressdb_kms.cli", *map(str, words)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
     def lose(self) -> None:
         """Kill the store and delete everything."""

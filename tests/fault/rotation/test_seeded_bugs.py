@@ -24,7 +24,7 @@ SEEDED = "tests.fault.rotation.seeded"
 PATHS = os.pathsep.join([str(ROOT), str(ROOT / "service")])
 KEYS = 20
 
-pytestmark = [pytest.mark.fault, pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.fault, pytest.mark.timeout(400)]
 NewWorld = Callable[..., tuple[World, PoweredServer]]
 
 
