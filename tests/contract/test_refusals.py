@@ -28,7 +28,7 @@ from tests.contract.wire_client import (
     tls_context,
 )
 
-PATIENCE = 10.0
+PATIENCE = 60.0
 """Seconds until a counter or a log line that the service writes after the fact must be there."""
 
 

@@ -23,7 +23,7 @@ import msgspec
 JSON = "application/json"
 MSGPACK = "application/msgpack"
 PROBLEM = "application/problem+json"
-TIMEOUT = 20.0
+TIMEOUT = 60.0
 """Seconds after which a silent peer fails a test. A net for hung tests, never something that is measured."""
 PATIENCE = 60.0
 """Seconds for which `batch` asks again."""

