@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -84,6 +85,12 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+def listens(path: Path) -> bool:
+    """Say whether somebody listens on a Unix socket, whose file is there a moment before."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        return sock.connect_ex(str(path)) == 0
+
+
 @contextmanager
 def running_store(directory: Path, *words: str) -> Iterator[Path]:
     """Run a store with these options; give its socket."""
@@ -91,7 +98,7 @@ def running_store(directory: Path, *words: str) -> Iterator[Path]:
     command = ["redis-server", "--port", "0", "--unixsocket", str(path), "--dir", str(directory), *words]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
-        wait_until(path.exists)
+        wait_until(lambda: listens(path))
         yield path
     finally:
         process.kill()

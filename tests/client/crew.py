@@ -16,7 +16,7 @@ from tests.client.harness import Facade
 from tests.client.standin import Handler, StandIn
 
 CREATE = "/create_dek_for_thread"
-LIMIT = 30.0
+LIMIT = 90.0
 """Seconds that only a failure uses up."""
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-START_LIMIT = 60.0
+START_LIMIT = 120.0
 """Seconds for the service to say that it is ready: a net for a hung one, never something that is measured."""
 
 

@@ -71,7 +71,7 @@ async def test_tasks_of_one_moment_are_one_batch(crew: Crew, standin: StandIn, k
 async def test_a_deadline_is_each_calls_own(crew: Crew, standin: StandIn, key_id: str, held_by: str) -> None:
     """A call whose time is over raises, while it gathers or is out; the others' batch goes on."""
     gate, held = await crew.occupy(*encrypts(key_id, 1)[0])
-    hurried = crew.start("encrypt_with_dek", key_id, b"hurried", deadline=0.4)
+    hurried = crew.start("encrypt_with_dek", key_id, b"hurried", deadline=1.5)
     await eventually(lambda: crew.gathered() == 1)
     began = [crew.start(*call) for call in encrypts(key_id, 3)]
     await eventually(lambda: crew.gathered() == 4)

@@ -19,7 +19,7 @@ MAX_CONNECTIONS = 16
 """Connections that the tuned service takes."""
 STALL = 1.0
 """Seconds that the tuned service gives headers and bodies."""
-START_LIMIT = 60.0
+START_LIMIT = 120.0
 """Seconds to wait for the ready file or an exit: a net for hung tests, never something that is measured."""
 
 

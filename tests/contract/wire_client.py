@@ -23,7 +23,7 @@ import msgspec
 JSON = "application/json"
 MSGPACK = "application/msgpack"
 PROBLEM = "application/problem+json"
-TIMEOUT = 20.0
+TIMEOUT = 60.0
 """Seconds after which a silent peer fails a test. A net for hung tests, never something that is measured."""
 PATIENCE = 60.0
 """Seconds for which `batch` asks again."""
@@ -121,6 +121,18 @@ class Client:
     def close(self) -> None:
         """Close the connection; the next request opens another."""
         self._connection.close()
+
+    def connect_no_more(self) -> None:
+        """Hold to the connection that is open, as a client of a service that is about to be killed has to.
+
+        A handshake with a service that has just died leaks its socket in Python's ssl module, and a leak is
+        an error here.
+        """
+
+        def gone() -> socket.socket:
+            raise ConnectionRefusedError
+
+        self._connection._make_socket = gone
 
     def request(
         self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None

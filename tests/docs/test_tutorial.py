@@ -22,7 +22,7 @@ def directory() -> Iterator[Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(800)
 def test_on_one_machine(directory: Path, tmp_path: Path) -> None:
     """Every command of the part `local` does what the page says, from a checkout, on real processes."""
     make_checkout(directory)

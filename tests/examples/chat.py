@@ -22,7 +22,7 @@ from examples.chat_server.cipher import Envelope, seal_many
 from examples.chat_server.keys import ThreadKeys, messages_prefix, meta_key
 from examples.chat_server.store import Store
 from progressdb_kms.client import AdminClient, KmsError, open_sync_provider
-from tests.integration.world import free_port
+from tests.store.servers import free_port
 
 T = TypeVar("T")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -51,10 +52,11 @@ class PoweredServer:
 
     def crash(self) -> None:
         """Kill the server and the process that rewrites its file: the page cache survives."""
-        children = Path(f"/proc/{self.server.pid}/task/{self.server.pid}/children").read_text().split()
+        children = self.server.children
         self.server.kill()
         for child in children:
-            os.kill(int(child), signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has ended by itself meanwhile
+                os.kill(child, signal.SIGKILL)
 
     def cut_power(self) -> int:
         """Kill the server and cut its files back to what was fsynced; return how many bytes that took."""

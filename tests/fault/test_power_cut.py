@@ -131,7 +131,7 @@ async def test_power_cut_during_a_rewrite(powered: Powered, kind: str, run: int)
     acknowledged = await create_until(store.server, lambda: None)
     store.server.ask("BGREWRITEAOF")  # a file's first rewrite is waited for; this is about the later ones
     until(lambda: b"aof_rewrite_in_progress:0" in store.server.ask("INFO", "persistence"))
-    store.server.ask("CONFIG", "SET", "rdb-key-save-delay", "20000")
+    store.server.ask("CONFIG", "SET", "rdb-key-save-delay", "500000")
     rewriting = False
 
     def cut() -> None:

@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 
 from progressdb_kms.client import open_sync_provider
-from tests.integration.world import KEK_1, eventually, free_port, kek_text
-from tests.store.servers import ALWAYS, Server
+from tests.integration.world import KEK_1, eventually, kek_text
+from tests.store.servers import ALWAYS, Server, free_port
 from tests.transport.pki import Ca
 
 ROOT = Path(__file__).resolve().parents[2]

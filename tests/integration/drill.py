@@ -17,7 +17,7 @@ import yaml
 from progressdb_kms.cli.dev.layout import open_layout, prepare
 from progressdb_kms.client import AdminClient, SyncKmsProvider, open_sync_provider
 from progressdb_kms.domain.policy import Permission
-from tests.cli.helpers import GOOD, wait_until
+from tests.cli.helpers import GOOD, listens, wait_until
 
 EVERYTHING = tuple(str(permission) for permission in Permission)
 
@@ -79,7 +79,7 @@ class Machine:
         self._store = subprocess.Popen(
             [*command, "--dir", str(self.folder), "--logfile", str(self.folder / "store.log")]
         )
-        wait_until(self.store_socket.exists)
+        wait_until(lambda: listens(self.store_socket))
 
     def pause(self) -> None:
         """Freeze the store: connections stay, answers stop."""
@@ -112,7 +112,7 @@ class Machine:
             with open_sync_provider(url) as kms, AdminClient(url) as admin:
                 yield kms, admin
             process.send_signal(signal.SIGTERM)
-            assert process.wait(30) == 0, log.read_text()
+            assert process.wait(60) == 0, log.read_text()
         finally:
             process.kill()
             process.wait()
@@ -120,7 +120,7 @@ class Machine:
     def kms(self, *words: object) -> subprocess.CompletedProcess[str]:
         """Run a command of the package in a process of its own."""
         command = [sys.executable, "-m", "progressdb_kms.cli", *map(str, words)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
     def lose(self) -> None:
         """Kill the store and delete everything."""

@@ -7,7 +7,6 @@ import os
 import random
 import secrets
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -30,11 +29,6 @@ def world(new_world: Callable[..., World]) -> World:
     return made
 
 
-def died() -> socket.socket:
-    """Stand for the connection to a service that is gone."""
-    raise ConnectionRefusedError
-
-
 class Writer(threading.Thread):
     """Makes keys and encrypts until the service is gone; remembers what was acknowledged."""
 
@@ -50,9 +44,7 @@ class Writer(threading.Thread):
         """Work."""
         try:
             self.client.get("/healthz").ok()
-            # One connection, not a second: a handshake with a service that has just died leaks its socket
-            # in Python's ssl module, and a leak is an error here.
-            self.client._connection._make_socket = died
+            self.client.connect_no_more()
             self.ready.wait()
             while True:
                 key_id = self.client.create(f"thread-{secrets.token_hex(4)}")["key_id"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.contract.wire_client import Client, assert_problem
-from tests.integration.world import PROMPT_STORE, Instance, World, eventually, launch_all
+from tests.integration.world import Instance, World, eventually, launch_all
 
 STREAM, HEADS = "kms:{ctl}:audit", "kms:{ctl}:audit:heads"
 
@@ -49,8 +50,8 @@ def pair(world: World) -> list[Instance]:
     files.mkdir()
     key = str(world.root / "key" / "audit.yaml")
     first = {"key_file": key, "directory": str(files), "data_plane": "counted", "data_plane_interval": 1}
-    one = world.instance("one", audit=first, store=PROMPT_STORE)
-    two = world.instance("two", audit={"key_file": key, "data_plane": "each"}, store=PROMPT_STORE)
+    one = world.instance("one", audit=first)
+    two = world.instance("two", audit={"key_file": key, "data_plane": "each"})
     launch_all([one, two])
     return [one, two]
 
@@ -164,9 +165,11 @@ def test_a_kill_loses_nothing_that_was_told(world: World, pair: list[Instance], 
         def make(number: int, done: threading.Event) -> None:
             client = one.client("operator")
             try:
+                client.get("/healthz").ok()
+                client.connect_no_more()
                 while not done.is_set():
                     acknowledged.append(client.create(f"room:kill:{number}")["key_id"])
-            except (OSError, AssertionError):
+            except (OSError, http.client.HTTPException, AssertionError):
                 return
             finally:
                 client.close()

@@ -25,7 +25,7 @@ from tests.integration.world import KEK_1, KEK_2, Instance, World, kek_text, wri
 from tests.keepers.transit import Transit, serving_transit
 from tests.older_service import OlderService
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(800)]
 
 MESSAGE = b"the message that nobody may see: tangerine"
 TOKEN = "the-token-of-the-transit-engine"

@@ -18,7 +18,8 @@ def world(new_world: Callable[..., World]) -> World:
     """Run two services."""
     made = new_world()
     made.store.start()
-    launch_all([made.instance(name, drain={"delay": 1.5, "timeout": 10}) for name in ("a", "b")])
+    # Long enough for the balancer, which shares the machine's cores with everybody, to notice in time.
+    launch_all([made.instance(name, drain={"delay": 4, "timeout": 10}) for name in ("a", "b")])
     return made
 
 

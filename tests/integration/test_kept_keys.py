@@ -49,7 +49,7 @@ def world(new_world: Callable[..., World], hsm: SoftHsm, transit: Transit) -> Wo
     write_private(token, "root\n")
     kek = {
         "pkcs11": hsm.section(),
-        "vault": {"address": transit.address, "token_file": str(token), "timeout": 2},
+        "vault": {"address": transit.address, "token_file": str(token), "timeout": 10},
     }
     for name in ("a", "b"):
         made.instance(name, kek=kek).start()
@@ -85,6 +85,7 @@ def engine_key(transit: Transit) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_there_and_back_again(world: World, transit: Transit, tmp_path: Path) -> None:
     """From the file to the token, to the engine and back: no key is lost, and a restart finds all."""
     one, two = world.instances
@@ -210,6 +211,7 @@ def test_a_key_that_will_not_do_is_not_added(world: World, transit: Transit) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_ten_thousand_keys_to_the_token_and_back(world: World) -> None:
     """Each is rewrapped, verified, and readable at every instance."""
     one, two = world.instances

@@ -257,7 +257,7 @@ def test_a_frozen_instance_does_no_harm(world: World, a: Instance, sealed: Seale
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_killed_at_every_transition(world: World, a: Instance, sealed: Sealed) -> None:
     """A run that is killed at each named transition in turn is finished by the next, and loses nothing."""
     a.stop()

@@ -12,7 +12,7 @@ from tests.integration.rotating import Job, assert_readable, make_keys
 from tests.integration.world import World
 from tests.store.test_cluster import Group
 
-pytestmark = [pytest.mark.slow, pytest.mark.fault]
+pytestmark = [pytest.mark.slow, pytest.mark.fault, pytest.mark.timeout(600)]
 
 KEYS = 3000
 LEASE = 2.0

@@ -19,7 +19,7 @@ from tests.integration.leaks import forms, leaks
 from tests.integration.unprivileged import unprivileged_python
 from tests.integration.world import Instance, World, launch_all
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 USER = os.geteuid() or 65534
 """Runs the service: the tests' own user, or nobody where that is root."""

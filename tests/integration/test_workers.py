@@ -250,7 +250,7 @@ class Caller(threading.Thread):
 
 def test_no_request_fails_while_all_workers_drain(world: World) -> None:
     """SIGTERM under load: callers move to another service and lose nothing; the exit code is 0."""
-    first = world.instance("first", workers=WORKERS, drain={"delay": 1.5, "timeout": 10}).launch()
+    first = world.instance("first", workers=WORKERS, drain={"delay": 4, "timeout": 10}).launch()
     second = world.instance("second").start()
     first.wait_ready()
     first.until("kms_workers", lambda count: count == WORKERS)

@@ -29,7 +29,7 @@ from tests.contract.dev_service import DevService, start_dev
 from tests.contract.wire_client import Client
 from tests.page.hostile import HOSTILE
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "docs" / "images"

@@ -14,8 +14,9 @@ import pytest
 
 from progressdb_kms.client import open_sync_provider
 from progressdb_kms.domain.errors import PermissionDenied
-from tests.integration.world import eventually, free_port
+from tests.integration.world import eventually
 from tests.provision.conftest import Site
+from tests.store.servers import free_port
 
 CERTIFICATES = {
     "authorities": [

@@ -19,7 +19,7 @@ from tests.unit.audit.scene import Counts
 
 KEY = AuditKey(b"\x01" * 32)
 PUBLIC = VerifyKey.of(KEY.verify.public)
-PATIENCE = 30.0
+PATIENCE = 90.0
 
 
 def log_on(store: RedisStore, instance: str = "i") -> ChainedAuditLog:

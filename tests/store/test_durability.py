@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -110,10 +112,16 @@ async def test_append_only_file_that_is_being_made(own_server: Start, opened: Op
     server.ask("DEBUG", "POPULATE", "150")
     early = await opened(server.url)
     server.ask("CONFIG", "SET", "appendonly", "yes")
-    late = await opened(server.url)
-    for store in (early, late):
-        assert "is being made" in await refusal(store)
-        assert (await store.health.check()).problems
+    # Held, so that the rewrite lasts for as long as anybody looks.
+    (child,) = server.children
+    os.kill(child, signal.SIGSTOP)
+    try:
+        late = await opened(server.url)
+        for store in (early, late):
+            assert "is being made" in await refusal(store)
+            assert (await store.health.check()).problems
+    finally:
+        os.kill(child, signal.SIGCONT)
     until(lambda: "aof_rewrite_in_progress:0" in str(server.ask("INFO", "persistence")))
     for store in (early, late):
         assert not (await store.health.check()).problems
@@ -283,7 +291,7 @@ async def test_replica_confirms(own_server: Start, opened: Open, kind: str) -> N
 
 async def test_too_few_replicas_confirm(own_server: Start, opened: Open) -> None:
     """A write that no replica has confirmed is not acknowledged."""
-    store = await opened(own_server().url, min_replicas=1, wait_timeout=0.05, command_timeout=0.3)
+    store = await opened(own_server().url, min_replicas=1, wait_timeout=0.05, command_timeout=1.5)
     assert any("fewer than min_replicas" in warning for warning in store.health.status.warnings)
     (result,) = await store.keys.create([new_dek()])
     assert isinstance(result, StoreUnavailable)

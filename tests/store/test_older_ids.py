@@ -206,7 +206,7 @@ async def test_always_late(
 ) -> None:
     """Where notices always are too old, the older key's state does not change, and the caller is told so."""
     monkeypatch.setattr("progressdb_kms.store.redis.older.NOTICE_MAX_AGE_MS", -1)
-    store = await opened(own_server("redis").url, command_timeout=0.3)
+    store = await opened(own_server("redis").url, command_timeout=1.5)
     await store.keys.create([new_dek("a", key_id=OLD)])
     with pytest.raises(StoreUnavailable, match="in time"):
         await store.keys.rotate(new_dek("a"))

@@ -167,7 +167,7 @@ async def test_always_late(
 ) -> None:
     """Where notices always are too old, a rotation ends with an error, and has changed nothing."""
     monkeypatch.setattr("progressdb_kms.store.redis.thread_rotation.NOTICE_MAX_AGE_MS", -1)
-    keys = (await opened(own_server("redis").url, command_timeout=0.3)).keys
+    keys = (await opened(own_server("redis").url, command_timeout=1.5)).keys
     await keys.create([new_dek("a") for _ in range(number)])
     with pytest.raises(StoreUnavailable, match="in time"):
         await keys.rotate(new_dek("a"))

@@ -112,11 +112,11 @@ async def test_the_audit_log_survives_a_failover(group: Group, opened: Callable[
 async def test_dead_sentinels(group: Group, opened: Callable[..., Any]) -> None:
     """One Sentinel that is down or frozen does not keep the store from being found; none at all does."""
     group.sentinels[0].kill()
-    store = await opened(group.url, min_replicas=1, command_timeout=1.0)
+    store = await opened(group.url, min_replicas=1, command_timeout=5.0)
     assert isinstance((await store.keys.create([new_dek()]))[0], DekRecord)
     for sentinel in group.sentinels[1:]:
         sentinel.kill()
-    alone = await opened(group.url, min_replicas=1, command_timeout=0.5)
+    alone = await opened(group.url, min_replicas=1, command_timeout=1.5)
     (result,) = await alone.keys.create([new_dek()])
     assert isinstance(result, StoreUnavailable)
     assert "no Sentinel" in result.detail

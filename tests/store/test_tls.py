@@ -12,9 +12,12 @@ from progressdb_kms.domain.errors import StoreUnavailable
 from progressdb_kms.domain.keys import DekRecord
 from tests.store.conftest import new_dek
 from tests.store.servers import Server, free_port
+from tests.store.topologies import can_create
 from tests.transport.pki import CLIENT, SERVER, Ca, Issued
 
 Open = Callable[..., Any]
+ENOUGH = 1.5
+"""Seconds of a call that a handshake has to fit into, which a busy machine takes its time for."""
 
 
 @pytest.fixture
@@ -92,7 +95,7 @@ async def test_wrong_ca(
     """A store of another CA is refused with the reason."""
     url = start(own_server, tmp_path, ca, ca.server())
     (tmp_path / "other.crt").write_bytes(Ca("other CA").pem)
-    store = await opened(url, command_timeout=0.3, **{**files, "tls_ca": str(tmp_path / "other.crt")})
+    store = await opened(url, command_timeout=ENOUGH, **{**files, "tls_ca": str(tmp_path / "other.crt")})
     assert "store.tls" in await refused(store)
 
 
@@ -101,7 +104,7 @@ async def test_wrong_name(
 ) -> None:
     """A certificate for another host is refused, though the CA is right."""
     url = start(own_server, tmp_path, ca, ca.issue("redis.example", usages=SERVER))
-    assert "store.tls" in await refused(await opened(url, command_timeout=0.3, **files))
+    assert "store.tls" in await refused(await opened(url, command_timeout=ENOUGH, **files))
 
 
 async def test_renewed_certificate(
@@ -114,7 +117,7 @@ async def test_renewed_certificate(
     store = await opened(url, command_timeout=0.3, **{**files, "tls_cert": str(current)})
     assert "can't be read" in await refused(store)
     renewed.replace(current)
-    assert isinstance(await created(store), DekRecord)
+    await can_create(store)
 
 
 async def test_plain_text_to_a_tls_port(

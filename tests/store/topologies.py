@@ -10,7 +10,7 @@ from typing import Any
 from progressdb_kms.domain.keys import DekRecord
 from tests.store.conftest import new_dek
 
-PATIENCE = 30.0
+PATIENCE = 90.0
 
 
 def until(done: Callable[[], bool]) -> None:

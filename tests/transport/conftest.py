@@ -23,7 +23,7 @@ from tests.transport.app import App
 from tests.transport.pki import Ca, Issued, client_context, shared_ca
 
 # A bound against hanging, not an expectation: tests wait for what happens.
-PATIENCE = 20
+PATIENCE = 60
 
 
 def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:

@@ -36,7 +36,8 @@ async def test_request_under_way_finishes(serve: Serve) -> None:
 
 async def test_delay_goes_on_serving(serve: Serve) -> None:
     """During the delay connects and requests are served, each answer being its connection's last."""
-    running = await serve(drain=Drain(delay=1, timeout=5))
+    # Certificates are made and handshakes done within it, also where the machine is busy.
+    running = await serve(drain=Drain(delay=4, timeout=5))
     old = await running.tls_peer()
     assert not (await old.get("/who")).closes
     assert not running.server.draining

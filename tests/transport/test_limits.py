@@ -45,7 +45,7 @@ async def test_idle_connection_closed(serve: Serve, kind: str) -> None:
 
 async def test_idle_after_an_answer_closed(serve: Serve) -> None:
     """The idle time counts again from each answer."""
-    running = await serve(limits=Limits(idle_timeout=0.2))
+    running = await serve(limits=Limits(idle_timeout=1))
     peer = await running.tls_peer()
     assert (await peer.get("/who")).status == 200
     assert await peer.end() == b""
@@ -97,11 +97,11 @@ async def test_half_a_pipelined_request(serve: Serve) -> None:
 
 async def test_a_slow_app_is_not_idle(serve: Serve) -> None:
     """While the app works neither idle_timeout nor header_timeout counts."""
-    running = await serve(limits=Limits(header_timeout=0.1, idle_timeout=0.1))
+    running = await serve(limits=Limits(header_timeout=0.5, idle_timeout=0.5))
     peer = await running.unix_peer()
     peer.ask("/wait")
     await running.app.waiting.wait()
-    await asyncio.sleep(0.4)
+    await asyncio.sleep(1.2)
     running.app.gate.set()
     assert (await peer.answer()).body == b"waited"
 

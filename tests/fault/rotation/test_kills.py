@@ -18,7 +18,7 @@ KEYS = 20_000 if LONG else 2_000
 
 pytestmark = [
     pytest.mark.fault,
-    pytest.mark.timeout(0 if LONG else 300),
+    pytest.mark.timeout(0 if LONG else 600),
     # Where the peer is gone between connect and handshake, CPython's wrap_socket leaves its new socket open.
     pytest.mark.filterwarnings("ignore:.*ssl.SSLSocket:pytest.PytestUnraisableExceptionWarning"),
 ]

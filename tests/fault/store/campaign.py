@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +88,8 @@ class Campaign:
     def finish(self) -> list[Violation]:
         """Stop the traffic and return what is broken, as an instance sees it that has nothing in memory."""
         self._traffic.end()
-        if self._service.pid != self._pid or self._service.probe("/readyz") != 200:
+        eventually(lambda: self._service.probe("/readyz") == 200, "the service is ready")
+        if self._service.pid != self._pid:
             note(self.history, "no restart needed", self._service.reasons())
         self._enable_all()
         self._late = Recorder(self.history, [self._instance("late").start()])
@@ -96,7 +99,7 @@ class Campaign:
             if each.outcome is not Outcome.OK:
                 note(self.history, "no acknowledged key is lost", f"{each.key_id}: {each.code}")
         for key_id in self.history.acknowledged():
-            done = self._late.encrypt(key_id)
+            done = surely(partial(self._late.encrypt, key_id))
             if done.outcome is not Outcome.OK and done.code != "key_decrypt_only":
                 note(self.history, "no acknowledged key is lost", f"{key_id}: {done.code}")
         return check_history(self.history)
@@ -107,8 +110,8 @@ class Campaign:
         doomed = {each.key_id for each in self.history.operations if each.kind is Kind.SCHEDULE}
         for key_id in changed:
             if key_id in doomed:
-                self._recorder.change(Kind.CANCEL, key_id)
-            self._recorder.change(Kind.ENABLE, key_id)
+                surely(partial(self._recorder.change, Kind.CANCEL, key_id))
+            surely(partial(self._recorder.change, Kind.ENABLE, key_id))
 
     def close(self) -> None:
         """End every process."""
@@ -120,6 +123,18 @@ class Campaign:
             instance.kill()
         self._scenario.close()
         self.world.close()
+
+
+def surely(operation: Callable[[], Operation]) -> Operation:
+    """Return how an operation ended, asked for again while the store, which is mended, takes its time."""
+    done: list[Operation] = []
+
+    def told() -> bool:
+        done.append(operation())
+        return done[-1].outcome is not Outcome.MAYBE
+
+    eventually(told, "an answer that is none of not now")
+    return done[-1]
 
 
 def report(campaign: Campaign, violations: list[Violation]) -> dict[str, Any]:

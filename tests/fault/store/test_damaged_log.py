@@ -10,7 +10,7 @@ import pytest
 
 from tests.contract.wire_client import Client
 from tests.integration.test_audit import command
-from tests.integration.world import PROMPT_STORE, Instance, World, eventually
+from tests.integration.world import Instance, World, eventually
 
 pytestmark = [pytest.mark.fault, pytest.mark.slow]
 
@@ -22,7 +22,7 @@ def world() -> Iterator[World]:
     made.store.start()
     assert command("audit", "keygen", "--out", made.root / "key").returncode == 0
     audit = {"key_file": str(made.root / "key" / "audit.yaml")}
-    made.instance("a", cache={"max_stale": 0}, audit=audit, store=PROMPT_STORE).start()
+    made.instance("a", cache={"max_stale": 0}, audit=audit).start()
     yield made
     made.close()
 

@@ -22,7 +22,7 @@ CHOSEN = [name for name in SCENARIOS if AS_ROOT or name not in NEED_ROOT] if LON
 pytestmark = [
     pytest.mark.fault,
     pytest.mark.slow,
-    pytest.mark.timeout(0 if LONG else 120),
+    pytest.mark.timeout(0 if LONG else 300),
     # Where the peer is gone between connect and handshake, CPython's wrap_socket leaves its new socket open.
     pytest.mark.filterwarnings("ignore:.*ssl.SSLSocket:pytest.PytestUnraisableExceptionWarning"),
 ]

@@ -15,7 +15,7 @@ from progressdb_kms.usecases.upkeep import Upkeep
 from progressdb_kms.usecases.vault import Vault
 from tests.unit.helpers import World
 
-PATIENCE = 5.0
+PATIENCE = 60.0
 """Seconds after which a test that waits for something fails."""
 
 
