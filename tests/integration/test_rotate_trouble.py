@@ -8,6 +8,7 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,16 @@ from tests.integration.rotating import (
     make_keys,
     stored_versions,
 )
-from tests.integration.world import KEK_1, KEK_2, Instance, World, eventually, kek_text, write_private
+from tests.integration.world import (
+    KEK_1,
+    KEK_2,
+    PROMPT_STORE,
+    Instance,
+    World,
+    eventually,
+    kek_text,
+    write_private,
+)
 from tests.store.servers import ALWAYS
 
 KEYS = 150
@@ -48,12 +58,12 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 def small(new_world: Callable[..., World], disk: Path) -> Iterator[World]:
     """Give a store whose data is on the small disk, with a service on it."""
-    yield from _served(new_world(options=ALWAYS | {"dir": str(disk)}))
+    yield from _served(new_world(options=ALWAYS | {"dir": str(disk)}), store=PROMPT_STORE)
 
 
-def _served(world: World) -> Iterator[World]:
+def _served(world: World, **config: Any) -> Iterator[World]:
     world.store.start()
-    world.instance("a")
+    world.instance("a", **config)
     yield world
     for instance in world.instances:
         instance.stop()
