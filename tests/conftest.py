@@ -1,4 +1,4 @@
-"""For every test: Hypothesis profiles, bytecode that is kept, and no skipped test in CI."""
+"""For every test: Hypothesis profiles, bytecode that is kept, files in memory, and no skipped test in CI."""
 
 from __future__ import annotations
 
@@ -20,6 +20,29 @@ Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
 # which takes about as much CPU time as the rest of its start.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+
+MEMORY = "/dev/shm"  # noqa: S108 - folders in it are made by pytest and tempfile, for one user and with new names
+
+
+def _files_in_memory() -> bool:
+    """Say whether the tests' files go to memory: not where it is small, runs no programs, or in long forms.
+
+    Stores fsync each write, and a rotation writes for each of 1024 slots in four steps: on a disk it spends
+    half of its time on that. No test needs a disk that is slow: a power cut cuts files back to what was
+    fsynced (``tests.fault.power``), and a full disk is one of its own.
+    """
+    try:
+        found = os.statvfs(MEMORY)
+    except OSError:
+        return False
+    small = found.f_bavail * found.f_frsize < 2 << 30
+    usable = os.access(MEMORY, os.W_OK | os.X_OK) and not found.f_flag & os.ST_NOEXEC
+    return usable and not small and "FAULT_RUNS" not in os.environ
+
+
+# Where pytest makes `tmp_path`, and `tests.integration.world` its folders; somebody's own choice counts.
+if _files_in_memory():
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", MEMORY)
 
 # Two cores are shared by the services under test, so an example's time says nothing: no deadline.
 settings.register_profile(

@@ -1,4 +1,4 @@
-"""What the service loads: its memory and its start pay for every module."""
+"""What the service and the commands load: their memory and their start pay for every module."""
 
 from __future__ import annotations
 
@@ -40,3 +40,23 @@ def test_the_service_loads_no_package_that_it_does_not_use(command: str) -> None
     assert loaded >= NEEDED
     assert loaded & NOT_NEEDED == set()
     assert (collecting, later) == ("True", "True")
+
+
+OTHERS = """
+import sys
+from progressdb_kms.cli.app import app
+with app.make_context("progressdb-kms", ["version"]) as context:
+    for name in app.list_commands(context):
+        if name not in ("dev", "openapi", "serve"):
+            app.get_command(context, name)
+import progressdb_kms.bootstrap
+print(*sorted({name.partition(".")[0] for name in sys.modules}))
+"""
+
+
+def test_commands_load_nothing_that_serves() -> None:
+    """Every other command, `rotate` and `backup` among them, starts without the frameworks."""
+    done = subprocess.run([sys.executable, "-c", OTHERS], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert loaded >= {"click", "progressdb_kms", "redis", "structlog"}
+    assert loaded & {"flask", "hypercorn", "quart", "werkzeug"} == set()

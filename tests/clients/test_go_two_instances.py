@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from progressdb_kms.client import AdminClient
-from tests.clients.gocommand import MODULE, NEEDS_GO, go, passed
+from tests.clients.gocommand import MODULE, NEEDS_GO, OFFLINE, go, passed
 from tests.clients.relay import Relay
 from tests.integration.world import Instance, World, eventually, launch_all
 
@@ -55,7 +55,7 @@ def test_no_create_is_lost(world: World, scene: dict[str, Any], tmp_path: Path) 
     built = go("test", "-tags", "service", "-c", "-o", str(program), ".")
     assert built.returncode == 0, built.stderr
     command = [str(program), "-test.run=WhileItRestarts", "-test.v"]
-    environment = {**os.environ, "KMS_READY": str(file)}
+    environment = {**os.environ, **OFFLINE, "KMS_READY": str(file)}
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(command, cwd=MODULE, env=environment, stdout=log, stderr=log)
     try:

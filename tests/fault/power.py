@@ -13,6 +13,9 @@ from tests.store.servers import Server
 
 SOURCE = Path(__file__).with_name("durable_length.c")
 RUNS = int(os.environ.get("FAULT_RUNS", "3"))
+USUAL = 1
+"""Milliseconds that each fsync takes at least, as on a disk: where the files are in memory, hardly anything
+would be unsynced at the moment of a power cut, and the cut would prove nothing."""
 
 
 def build_shim(folder: Path, source: Path = SOURCE) -> Path:
@@ -37,6 +40,7 @@ class PoweredServer:
         self._lengths = folder / "lengths"
         self._lengths.mkdir(parents=True)
         self._delay = folder / "delay"
+        self.slow_down(USUAL)
         environment = {
             "LD_PRELOAD": str(shim),
             "DURABLE_LENGTH_DIR": str(self._lengths),
@@ -45,7 +49,7 @@ class PoweredServer:
         self.server = Server(kind, folder / "data", options, environment=environment).start()
 
     def slow_down(self, milliseconds: int) -> None:
-        """Let each fsync take so much longer from now on."""
+        """Let each fsync take so much longer from now on; ``USUAL`` is where it began."""
         fresh = self._delay.with_suffix(".new")
         fresh.write_text(str(milliseconds))
         fresh.replace(self._delay)

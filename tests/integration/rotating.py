@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from progressdb_kms.domain.keys import ALL_TAGS
+from progressdb_kms.store.redis.schema import LOCK_KEY
 from tests.contract.wire_client import Client, b64, unb64
 from tests.integration.world import LIMIT, Instance, World, eventually
 
@@ -25,6 +27,8 @@ class Job:
         instance: Whose configuration it takes.
         arguments: Further arguments.
         fault: Where it ends by SIGKILL, as `PROGRESSDB_KMS_FAULT_POINT` has it.
+        stop: Where it gets SIGTERM instead.
+        freeze: Where it gets SIGSTOP instead.
         lease: Seconds of its leases; None for those of production.
         environment: Further environment.
         module: What the process runs; the command, with fault points where they are asked for.
@@ -35,18 +39,25 @@ class Job:
         instance: Instance,
         *arguments: str,
         fault: str = "",
+        stop: str = "",
+        freeze: str = "",
         lease: float | None = None,
         environment: Mapping[str, str] | None = None,
         module: str = "",
     ) -> None:
         self._log = instance.folder / f"rotate-{secrets.token_hex(4)}"
         everything = {**os.environ, **(environment or {})}
-        faulty = bool(fault or lease)
+        point, sent = next(
+            (found for found in ((stop, signal.SIGTERM), (freeze, signal.SIGSTOP)) if found[0]),
+            (fault, signal.SIGKILL),
+        )
+        faulty = bool(point or lease)
         run = module or ("tests.fault.rotate_with_faults" if faulty else "progressdb_kms.cli")
         if faulty or module:
             everything["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "service")])
-        if fault:
-            everything["PROGRESSDB_KMS_FAULT_POINT"] = fault
+        if point:
+            everything["PROGRESSDB_KMS_FAULT_POINT"] = point
+            everything["PROGRESSDB_KMS_FAULT_SIGNAL"] = str(int(sent))
         if lease:
             everything["PROGRESSDB_KMS_LEASE"] = str(lease)
         with self._log.with_suffix(".out").open("wb") as out, self._log.with_suffix(".err").open("wb") as err:
@@ -83,6 +94,16 @@ class Job:
             return any(fields.items() <= line.items() for line in self.lines(event))
 
         eventually(told, f"{event} {fields}")
+
+    def wait_frozen(self) -> None:
+        """Wait until it is where it was to freeze."""
+        stat = Path(f"/proc/{self.process.pid}/stat")
+
+        def frozen() -> bool:
+            assert self.process.poll() is None, self.text
+            return stat.read_text().rpartition(")")[2].split()[0] == "T"
+
+        eventually(frozen, "it has stopped")
 
     def exit_code(self) -> int:
         """Wait for its end."""
@@ -139,6 +160,12 @@ def stored_versions(world: World) -> dict[str, int]:
         census[version] = census.get(version, 0) + world.store.ask("SCARD", key)
     assert census == records
     return records
+
+
+def let_lock_run_out(world: World) -> None:
+    """Let a killed run's lock be as it is when its lease is over; its slots keep their leases."""
+    assert world.store.ask("HGET", LOCK_KEY, "until")
+    world.store.ask("HSET", LOCK_KEY, "until", 0)
 
 
 def floors(world: World) -> set[bytes]:

@@ -40,7 +40,14 @@ def world(new_world: Callable[..., World]) -> World:
     """Run two services on one store, of which one has its door closed."""
     made = new_world()
     made.store.start()
-    launch_all([made.instance("on", limits=LIMITS), made.instance("off", limits=LIMITS, fast_door=False)])
+    # One test waits for it.
+    store = {"command_timeout": 2.0}
+    launch_all(
+        [
+            made.instance("on", limits=LIMITS, store=store),
+            made.instance("off", limits=LIMITS, store=store, fast_door=False),
+        ]
+    )
     return made
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -45,9 +44,7 @@ def last_line(job: Job) -> str:
 def test_a_rotation_in_a_pod(a: Instance, api: EventsApi) -> None:
     """A rotation, its interruption and its failure are Events, and the last line says what to do."""
     environment = api.environment()
-    stopped = Job(a, "--max-rate", str(KEYS // 6), environment=environment)
-    stopped.wait_for("step", step="rewrap")
-    stopped.process.send_signal(signal.SIGTERM)
+    stopped = Job(a, stop="rewrap:slot:100", environment=environment)
     stopped.result(75)
     assert api.reasons == ["RotationStarted", "RotationStopped"]
     assert last_line(stopped) == "progressdb-kms: stopped: what was done is kept; run rotate again"

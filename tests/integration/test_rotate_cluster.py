@@ -14,7 +14,7 @@ from tests.store.test_cluster import Group
 
 pytestmark = [pytest.mark.slow, pytest.mark.fault, pytest.mark.timeout(600)]
 
-KEYS = 3000
+KEYS = 1500
 LEASE = 2.0
 
 
@@ -36,13 +36,13 @@ def test_four_processes_share_a_rotation(group: Group, tmp_path: Path) -> None:
         instance = world.instance("a", store=store).start()
         client = instance.client("operator")
         sealed = make_keys(client, KEYS)
-        leader = Job(instance, "--max-rate", str(KEYS // 60), lease=LEASE)
+        leader = Job(instance, "--max-rate", str(KEYS // 20), lease=LEASE)
         jobs.append(leader)
         leader.wait_for("step", step="activate")
         # It ends by SIGKILL at a slot of its own that it has written and not reported. To wait for a line of
         # its progress would not do: without a rate it may be through before the first. The others are slow.
         killed = Job(instance, "--worker", fault="rewrap:slot:10", lease=LEASE)
-        others = [Job(instance, "--worker", "--max-rate", str(KEYS // 30), lease=LEASE) for _ in range(2)]
+        others = [Job(instance, "--worker", "--max-rate", str(KEYS // 10), lease=LEASE) for _ in range(2)]
         jobs += [killed, *others]
         assert killed.exit_code() == -signal.SIGKILL, killed.text
         result = leader.result()

@@ -33,19 +33,22 @@ def clients(machine: Machine) -> Iterator[tuple[SyncKmsProvider, AdminClient]]:
         yield both
 
 
-@pytest.mark.parametrize("thread_id", ["room:1", "a/b", "/a//b/", "ü ?#%&+", "x/rotate-dek", "k" * 256])
-def test_any_thread_id_can_be_rotated(clients: tuple[SyncKmsProvider, AdminClient], thread_id: str) -> None:
+def test_any_thread_id_can_be_rotated(clients: tuple[SyncKmsProvider, AdminClient]) -> None:
     """Whatever stands in a thread_id travels in the path unharmed; the old key only decrypts then."""
     kms, admin = clients
-    old = kms.create_dek_for_thread(thread_id)
-    sealed = kms.encrypt_with_dek(old.key_id, b"text").ciphertext
-    new = kms.rotate_dek(thread_id)
-    assert (new.key_version, admin.get_key(new.key_id).thread_id) == ("2", thread_id)
+    rotated = []
+    for thread_id in ("room:1", "a/b", "/a//b/", "ü ?#%&+", "x/rotate-dek", "k" * 256):
+        old = kms.create_dek_for_thread(thread_id)
+        sealed = kms.encrypt_with_dek(old.key_id, b"text").ciphertext
+        new = kms.rotate_dek(thread_id)
+        assert (new.key_version, admin.get_key(new.key_id).thread_id) == ("2", thread_id)
+        rotated.append((old, sealed, new))
     time.sleep(SETTLED)
-    assert kms.decrypt_with_dek(old.key_id, sealed) == b"text"
-    with pytest.raises(KeyDecryptOnly):
-        kms.encrypt_with_dek(old.key_id, b"more")
-    assert kms.encrypt_with_dek(new.key_id, b"more").key_version == "2"
+    for old, sealed, new in rotated:
+        assert kms.decrypt_with_dek(old.key_id, sealed) == b"text"
+        with pytest.raises(KeyDecryptOnly):
+            kms.encrypt_with_dek(old.key_id, b"more")
+        assert kms.encrypt_with_dek(new.key_id, b"more").key_version == "2"
 
 
 def test_idempotency_key_rotates_once(clients: tuple[SyncKmsProvider, AdminClient]) -> None:

@@ -318,7 +318,8 @@ class World:
         self, *, owner: int | None = None, kind: str = "redis", options: Mapping[str, str] = ALWAYS
     ) -> None:
         # Not below pytest's own folder: paths of Unix sockets are short, and others may not enter there.
-        self.root = Path(tempfile.mkdtemp(prefix="kms-it-"))
+        # Beside it, for it may be in memory.
+        self.root = Path(tempfile.mkdtemp(prefix="kms-it-", dir=os.environ.get("PYTEST_DEBUG_TEMPROOT")))
         self.owner = owner
         self.store = Server(kind, self.root / "store", {"unixsocketperm": "777", **options})
         self.instances: list[Instance] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -27,6 +28,7 @@ from progressdb_kms.store.redis.schema import AUDIT_KEY, INSTANCES_KEY, encode_h
 from tests.contract.certificates import issuer_of
 from tests.contract.dev_service import DevService, start_dev
 from tests.contract.wire_client import Client
+from tests.fault import rotate_with_faults
 from tests.page.hostile import HOSTILE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -500,6 +502,19 @@ def test_it_needs_no_script(service: DevService, tab: Open) -> None:
 # A rotation, and the pictures of the documents
 
 
+def rotate(service: DevService, folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
+    """Start a run of the rotation job."""
+    command = [sys.executable, "-m", "tests.fault.rotate_with_faults", "rotate"]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "service")])
+    with (folder / "rotate.log").open("ab") as log:
+        return subprocess.Popen(
+            [*command, "--config", service.ready["config"], *arguments],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONPATH": paths, **environment},
+        )
+
+
 def test_a_rotation_is_watched(service: DevService, tab: Open, tmp_path: Path) -> None:
     """Step, progress and census of a real rotation, by the page alone.
 
@@ -509,19 +524,14 @@ def test_a_rotation_is_watched(service: DevService, tab: Open, tmp_path: Path) -
     folder.mkdir(exist_ok=True)
     size = {"width": 1000, "height": 700}
     watched, overview = tab(service, viewport=size), tab(service, viewport=size)
-    command = [sys.executable, "-m", "progressdb_kms.cli", "rotate", "--config", service.ready["config"]]
-    with (tmp_path / "rotate.log").open("wb") as log:
-        rotating = subprocess.Popen([*command, "--max-rate", "40"], stdout=log, stderr=subprocess.STDOUT)
+    # Up to where it is watched it goes at full speed, and after that, too.
+    to_rewrap = {
+        rotate_with_faults.POINT: "rewrap:opened",
+        rotate_with_faults.SIGNAL: str(int(signal.SIGTERM)),
+    }
+    assert rotate(service, tmp_path, **to_rewrap).wait(PATIENCE / 1000) == 75
+    rotating = rotate(service, tmp_path, "--max-rate", "40")
     try:
-        with speaking(service) as operator:
-            deadline = time.monotonic() + PATIENCE / 1000
-            while True:
-                found = operator.get("/v1/rotations").ok()["rotations"]
-                if found and found[0]["step"] == "rewrap":
-                    break
-                assert rotating.poll() is None, (tmp_path / "rotate.log").read_text()
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
         watched.open("/ui/rotations")
         expect(watched.page.locator("[aria-current=step]")).to_contain_text("rewrap")
         first = watched.page.locator("progress").get_attribute("value")
@@ -531,6 +541,9 @@ def test_a_rotation_is_watched(service: DevService, tab: Open, tmp_path: Path) -
         expect(overview.page.get_by_role("heading", name="Rotation of the KEK")).to_be_visible()
         overview.page.screenshot(path=folder / "overview.png", full_page=True)
         watched.page.screenshot(path=folder / "rotation.png", full_page=True)
+        rotating.terminate()
+        assert rotating.wait(PATIENCE / 1000) == 75, (tmp_path / "rotate.log").read_text()
+        rotating = rotate(service, tmp_path)
         assert rotating.wait(PATIENCE / 1000) == 0, (tmp_path / "rotate.log").read_text()
         expect(watched.page.locator("tbody")).to_contain_text("clean")
         watched.assert_quiet()

@@ -1,7 +1,8 @@
 """The only package that wires adapters to use cases.
 
-``parts`` makes what the service and the commands share, ``audit`` their audit log, ``service`` is one running
-instance, ``supervisor`` runs several of them as the workers of one service.
+``parts`` makes what the service and the commands share, ``audit`` their audit log: these are given here.
+``service`` is one running instance, ``supervisor`` runs several of them as the workers of one service: who
+serves imports them by name, since Quart and Hypercorn take as long to load as all that a command needs.
 """
 
 from progressdb_kms.bootstrap.audit import export_audit, read_anchor, verify_audit, verify_keys
@@ -16,14 +17,10 @@ from progressdb_kms.bootstrap.parts import (
     read_escrow,
     rotation_parts,
 )
-from progressdb_kms.bootstrap.service import Addresses, Service, openapi, serve
 from progressdb_kms.bootstrap.storing import store_settings
-from progressdb_kms.bootstrap.supervisor import serve_with_workers
 
 __all__ = [
     "STORE_ID",
-    "Addresses",
-    "Service",
     "add_kek",
     "expected_store",
     "export_audit",
@@ -32,12 +29,9 @@ __all__ = [
     "load_policy",
     "make_vault",
     "open_vault",
-    "openapi",
     "read_anchor",
     "read_escrow",
     "rotation_parts",
-    "serve",
-    "serve_with_workers",
     "store_settings",
     "verify_audit",
     "verify_keys",

@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 import uvloop
 
-from progressdb_kms import bootstrap
+from progressdb_kms.bootstrap import service
+from progressdb_kms.bootstrap.supervisor import serve_with_workers
 from progressdb_kms.settings import load_settings
 
 
@@ -19,8 +20,8 @@ def serve(config: Path) -> int:
     """Serve until SIGTERM or SIGINT; requests under way are finished first."""
     settings = load_settings(config)
     if settings.workers > 1:
-        return bootstrap.serve_with_workers(settings)
-    return uvloop.run(bootstrap.serve(settings))
+        return serve_with_workers(settings)
+    return uvloop.run(service.serve(settings))
 
 
 @click.command()
@@ -29,4 +30,4 @@ def openapi() -> None:
     # Only here: it brings rich, which serve does without.
     from progressdb_kms.cli.output import print_json  # noqa: PLC0415 - see above
 
-    print_json(bootstrap.openapi())
+    print_json(service.openapi())

@@ -14,7 +14,7 @@ from tests.fault.rotation.campaign import Campaign, report
 
 LONG = "FAULT_RUNS" in os.environ
 KILLS = max(int(os.environ.get("FAULT_RUNS", "12")), 12)
-KEYS = 20_000 if LONG else 2_000
+KEYS = 20_000 if LONG else 1_000
 
 pytestmark = [
     pytest.mark.fault,

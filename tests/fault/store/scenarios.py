@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import redis
 
-from tests.fault.power import PoweredServer
+from tests.fault.power import USUAL, PoweredServer
 from tests.fault.store.clock import HOUR, Clock
 from tests.fault.store.proxy import Proxy, Way
 from tests.integration.world import LIMIT, Instance
@@ -252,7 +252,7 @@ class SlowDisk(Powered):
 
     def _slow(self) -> Callable[[], object]:
         self.powered.slow_down(random.choice([50, 200, 500, 1500]))
-        return lambda: self.powered.slow_down(0)
+        return lambda: self.powered.slow_down(USUAL)
 
 
 class ClockJumps(Alone):

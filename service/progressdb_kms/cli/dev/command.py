@@ -13,7 +13,7 @@ import click
 import uvloop
 from msgspec.structs import replace
 
-from progressdb_kms import bootstrap
+from progressdb_kms.bootstrap import service
 from progressdb_kms.cli.dev.layout import CLIENTS, Layout, locked, open_layout, prepare
 from progressdb_kms.cli.dev.store import DevStore
 from progressdb_kms.domain.errors import KmsError
@@ -68,7 +68,7 @@ class _Dev:
         self._options = options
         self._store = DevStore(layout.store, layout.store_socket)
         self._ready_files = [layout.ready, *([options.ready_file.absolute()] if options.ready_file else [])]
-        self._addresses: bootstrap.Addresses | None = None
+        self._addresses: service.Addresses | None = None
         self._demo: asyncio.Task[None] | None = None
 
     async def run(self) -> int:
@@ -81,7 +81,7 @@ class _Dev:
             await self._store.start()
             keeper = asyncio.create_task(self._store.supervise(self._write_ready_files))
             try:
-                return await bootstrap.serve(settings, on_ready=self._ready)
+                return await service.serve(settings, on_ready=self._ready)
             finally:
                 keeper.cancel()
                 if self._demo is not None:
@@ -104,7 +104,7 @@ class _Dev:
         # The store is this process's child: here one process does all.
         return replace(settings, workers=1, listen=listen, admin=admin, store=store)
 
-    def _ready(self, addresses: bootstrap.Addresses) -> None:
+    def _ready(self, addresses: service.Addresses) -> None:
         self._addresses = addresses
         self._write_ready_files()
         ready = self._describe(addresses)
@@ -123,7 +123,7 @@ class _Dev:
         except (KmsError, OSError) as error:
             click.echo(f"dev: the round trip failed: {error}", err=True)
 
-    def _describe(self, addresses: bootstrap.Addresses) -> dict[str, Any]:
+    def _describe(self, addresses: service.Addresses) -> dict[str, Any]:
         layout = self._layout
         host, port = addresses.admin
         return {
