@@ -220,6 +220,7 @@ class Heartbeat:
         kek_versions: KEK versions that are loaded and match the registry.
         active: The active version that the instance knows.
         policy_generation: Hex digest of the policy in force.
+        revision: Of the registry that the instance knows; 0 of a release that did not say so.
     """
 
     instance: str
@@ -229,6 +230,7 @@ class Heartbeat:
     kek_versions: tuple[int, ...]
     active: int
     policy_generation: str
+    revision: int = 0
 
 
 class Heartbeats(Protocol):

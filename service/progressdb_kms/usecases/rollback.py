@@ -24,7 +24,7 @@ from progressdb_kms.usecases.crew import IDLE, Conduct, Crew, Parts, by_life
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from progressdb_kms.ports import Claim, Lock
+    from progressdb_kms.ports import Claim, Heartbeat, Lock, RegistryView
 
 _PASSES = 20
 """Passes over a slot: instances that have not heard of the rollback may still wrap under the target."""
@@ -76,10 +76,12 @@ class Rollback(Crew):
             parts.progress.step(rotation, len(ALL_TAGS))
             parts.reached("rollback:begun")
             source = rotation.source_version
-            await self._patiently(lambda: parts.registry.activate(source, now=int(parts.now()), lock=lock))
+            view = await self._patiently(
+                lambda: parts.registry.activate(source, now=int(parts.now()), lock=lock)
+            )
             await self._patiently(parts.keks.refresh)
             parts.reached("rollback:activated")
-            await self._await_instances(source)
+            await self._await_instances(view)
             await self._share(rotation, lock)
             return await self._finish(rotation, lock)
 
@@ -118,13 +120,21 @@ class Rollback(Crew):
             )
         return rotation
 
-    async def _await_instances(self, version: int) -> None:
-        """Wait until live instances wrap under ``version`` again, and say which do not in time."""
+    async def _await_instances(self, view: RegistryView) -> None:
+        """Wait until live instances wrap under the active version again, and say which do not in time.
+
+        The version that they name does not tell by itself: one whose last word is of before the rotation
+        names the old one too, and wraps under the new one since.
+        """
         parts = self._parts
+
+        def is_late(beat: Heartbeat) -> bool:
+            return beat.active != view.active or 0 < beat.revision < view.revision
+
         deadline = parts.now() + self._conduct.wait
         while True:
             live, gone = by_life(await self._patiently(parts.heartbeats.live), parts.now())
-            late = [beat.instance for beat in live if beat.active != version]
+            late = [beat.instance for beat in live if is_late(beat)]
             if not late or parts.now() >= deadline:
                 break
             parts.progress.waiting(late, [beat.instance for beat in gone])

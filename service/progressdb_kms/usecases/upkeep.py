@@ -170,6 +170,7 @@ class Upkeep:
                 kek_versions=kms.keks.usable,
                 active=kms.keks.active,
                 policy_generation=kms.policies.generation,
+                revision=kms.keks.view.revision,
             )
         )
 

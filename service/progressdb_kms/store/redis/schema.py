@@ -249,7 +249,7 @@ def decode_heartbeat(entry: bytes) -> Heartbeat:
     beat = Heartbeat(**members)
     # Whoever can write one heartbeat must not be able to break the reading of all.
     texts = (beat.instance, beat.release, beat.policy_generation)
-    numbers = (beat.at, beat.started_at, beat.active, *beat.kek_versions)
+    numbers = (beat.at, beat.started_at, beat.active, beat.revision, *beat.kek_versions)
     if not (all(isinstance(text, str) for text in texts) and all(map(_is_number, numbers))):
         raise TypeError("a member of the heartbeat is not of its type")
     return beat
