@@ -7,6 +7,7 @@ import math
 from dataclasses import asdict
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,7 +21,13 @@ from tests.page.hostile import HOSTILE
 BEAT = asdict(Heartbeat("i", 1.0, 1.0, "1.0", (1,), 1, "g"))
 ROTATION = asdict(Rotation("r_2_a", 1, 2, Step.REWRAP, 10, 20))
 ANY = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(HOSTILE),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.just(10**400)
+    | st.floats()
+    | st.text()
+    | st.sampled_from(HOSTILE),
     lambda deeper: st.lists(deeper, max_size=3) | st.dictionaries(st.text(), deeper, max_size=3),
     max_leaves=4,
 )
@@ -45,6 +52,17 @@ def test_a_heartbeat_is_of_its_types_or_none(entry: bytes) -> None:
     assert sorted([(-beat.at, beat.instance), (-1.0, "i")])
     assert span(1.0 - beat.at)
     assert when(beat.started_at)
+
+
+DEEP = b"[" * 100_000
+
+
+def test_what_is_nested_without_end_is_left_out() -> None:
+    """Reading it raises no error of the parser's own."""
+    with pytest.raises(ValueError, match="deeply"):
+        decode_heartbeat(DEEP)
+    with pytest.raises(StoreUnavailable):
+        decode_rotation(DEEP, {})
 
 
 @given(spoiled(ROTATION))

@@ -235,6 +235,7 @@ class Rotator(Crew):
 
     async def _activate(self, version: int, lock: Lock) -> None:
         parts = self._parts
+        deadline: float | None = None
         while True:
             # Again, for this run may resume long after the instances were waited for.
             if parts.keks.active != version:
@@ -246,8 +247,16 @@ class Rotator(Crew):
                     )
                 )
             except InstancesMissing:
-                continue  # one has come up since it was looked; the wait above has its bound
-            return
+                # One has come up since it was looked. Or the store names what the wait above can't read: so
+                # this has a bound of its own.
+                if deadline is None:
+                    deadline = parts.now() + self._conduct.wait
+                if parts.now() >= deadline:
+                    raise
+                self._go_on()
+                await asyncio.sleep(IDLE)
+            else:
+                return
 
     async def _distribute(self, rotation: Rotation) -> None:
         parts = self._parts

@@ -133,6 +133,7 @@ async def test_heartbeats_say_what_this_instance_is(world: World, running: Upkee
     (beat,) = await world.store.live()
     assert (beat.instance, beat.release, beat.policy_generation) == ("me", "1.2.3", "g1")
     assert (beat.kek_versions, beat.active) == ((1,), 1)
+    assert beat.revision == world.kms.keks.view.revision > 0
     await running.stop()
     assert await world.store.live() == []
 

@@ -20,15 +20,19 @@ class RedisHeartbeats:
         self._swept_at = float("-inf")
 
     async def beat(self, heartbeat: Heartbeat) -> None:
-        """Publish this instance's heartbeat; once an hour, forget instances silent for a day."""
+        """Publish this heartbeat; once an hour, forget who was silent for a day, and what is no heartbeat."""
         await self._router.read_one(
             Call(CONTROL, ("HSET", INSTANCES_KEY, heartbeat.instance, encode_heartbeat(heartbeat)))
         )
         if heartbeat.at - self._swept_at < _SWEEP_EVERY:
             return
-        silent = [known.instance for known in await self.live() if known.at < heartbeat.at - _FORGET_AFTER]
-        if silent:
-            await self._router.read_one(Call(CONTROL, ("HDEL", INSTANCES_KEY, *silent)))
+        gone = [
+            name
+            for name, known in await self._known()
+            if known is None or known.at < heartbeat.at - _FORGET_AFTER
+        ]
+        if gone:
+            await self._router.read_one(Call(CONTROL, ("HDEL", INSTANCES_KEY, *gone)))
         self._swept_at = heartbeat.at
 
     async def leave(self, instance: str) -> None:
@@ -37,10 +41,16 @@ class RedisHeartbeats:
 
     async def live(self) -> list[Heartbeat]:
         """Return the last heartbeat of each known instance; one that can't be read is left out."""
-        beats = []
-        for entry in await self._router.read_one(Call(CONTROL, ("HVALS", INSTANCES_KEY))):
-            try:
-                beats.append(decode_heartbeat(entry))
-            except (ValueError, KeyError, TypeError):
-                continue
-        return beats
+        return [beat for _, beat in await self._known() if beat is not None]
+
+    async def _known(self) -> list[tuple[bytes, Heartbeat | None]]:
+        """Return the entries by name, None for one that can't be read."""
+        reply = await self._router.read_one(Call(CONTROL, ("HGETALL", INSTANCES_KEY)))
+        return [(name, _read(entry)) for name, entry in zip(reply[::2], reply[1::2], strict=True)]
+
+
+def _read(entry: bytes) -> Heartbeat | None:
+    try:
+        return decode_heartbeat(entry)
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -41,7 +41,6 @@ The record's blob is kept raw: a hash stays compact only while each value is at 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from typing import Any, Final
@@ -54,6 +53,8 @@ from progressdb_kms.domain.rotation import Rotation, Step
 from progressdb_kms.ports import Heartbeat, Manifest, Quarantined
 
 SCHEMA_VERSION: Final = 1
+_MOST: Final = 2**53
+"""The largest whole number that each reader of JSON takes for the same (RFC 8259 section 6)."""
 CONTROL: Final = "ctl"
 SCHEMA_KEY: Final = "kms:{ctl}:schema"
 KEKS_KEY: Final = "kms:{ctl}:keks"
@@ -219,7 +220,7 @@ def encode_kek(kek: KekInfo, before: bytes = b"{}") -> str:
         kek: What is known of it.
         before: The present entry, whose members that a newer release added are kept.
     """
-    return json.dumps({**json.loads(before), **asdict(kek)}, separators=(",", ":"))
+    return json.dumps({**_parsed(before), **asdict(kek)}, separators=(",", ":"))
 
 
 def decode_kek(entry: bytes) -> KekInfo:
@@ -228,7 +229,7 @@ def decode_kek(entry: bytes) -> KekInfo:
     Raises:
         ValueError, KeyError, TypeError: It is none.
     """
-    members = _known(KekInfo, json.loads(entry))
+    members = _known(KekInfo, _parsed(entry))
     members["state"] = KekState(members["state"])
     return KekInfo(**members)
 
@@ -244,7 +245,7 @@ def decode_heartbeat(entry: bytes) -> Heartbeat:
     Raises:
         ValueError, KeyError, TypeError: It is none.
     """
-    members = _known(Heartbeat, json.loads(entry))
+    members = _known(Heartbeat, _parsed(entry))
     members["kek_versions"] = tuple(members["kek_versions"])
     beat = Heartbeat(**members)
     # Whoever can write one heartbeat must not be able to break the reading of all.
@@ -256,7 +257,8 @@ def decode_heartbeat(entry: bytes) -> Heartbeat:
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in {int, float} and math.isfinite(value)  # type: ignore[arg-type]  # it is one by then
+    # Not NaN either, which compares with nothing; and a whole number can be too large for a float.
+    return type(value) in {int, float} and abs(value) <= _MOST  # type: ignore[arg-type]  # it is one by then
 
 
 def encode_rotation(rotation: Rotation) -> str:
@@ -273,7 +275,7 @@ def decode_rotation(entry: bytes, counts: dict[str, int]) -> Rotation:
         StoreUnavailable: It is damaged, or of a newer release.
     """
     try:
-        members = _known(Rotation, json.loads(entry))
+        members = _known(Rotation, _parsed(entry))
         members["step"] = Step(members["step"])
         return _checked_rotation(Rotation(**{**members, "counts": counts}))
     except (ValueError, KeyError, TypeError):
@@ -324,7 +326,7 @@ def decode_quarantined(key_id: bytes, entry: bytes) -> Quarantined:
         StoreUnavailable: The entry is damaged, or of a newer release.
     """
     try:
-        members = json.loads(entry)
+        members = _parsed(entry)
         return Quarantined(key_id.decode(errors="replace"), members["reason"], members["kek_version"])
     except (ValueError, KeyError, TypeError):
         raise StoreUnavailable(
@@ -344,7 +346,7 @@ def decode_note(entry: bytes) -> ExportNote:
         StoreUnavailable: It is damaged, or of a newer release.
     """
     try:
-        members = _known(ExportNote, json.loads(entry))
+        members = _known(ExportNote, _parsed(entry))
         members["kind"] = ExportKind(members["kind"])
         members["kek_versions"] = tuple(members["kek_versions"])
         return ExportNote(**members)
@@ -366,13 +368,25 @@ def decode_destruction(entry: bytes) -> Destruction:
         StoreUnavailable: It is damaged, or of a newer release.
     """
     try:
-        members = _known(Destruction, json.loads(entry))
+        members = _known(Destruction, _parsed(entry))
         members["held_by"] = tuple(HeldBy(**_known(HeldBy, held)) for held in members["held_by"])
         return Destruction(**members)
     except (ValueError, KeyError, TypeError):
         raise StoreUnavailable(
             "the record of a destruction can't be read: damaged, or of a newer release"
         ) from None
+
+
+def _parsed(entry: bytes) -> Any:  # noqa: ANN401 - whatever JSON can say
+    """Return what a JSON entry says.
+
+    Raises:
+        ValueError: It is no JSON, or nested too deeply to be ours.
+    """
+    try:
+        return json.loads(entry)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def _known(kind: type[Any], members: object) -> dict[str, Any]:

@@ -16,9 +16,11 @@ if ARGV[4] ~= '' then
   local missing = {'missing'}
   for _, entry in ipairs(redis.call('HVALS', KEYS[3])) do
     local readable, beat = pcall(cjson.decode, entry)
-    if readable and type(beat) == 'table' and tonumber(beat.at) and beat.at >= tonumber(ARGV[4]) then
+    -- What is no heartbeat is none here either: it must not break the script.
+    if readable and type(beat) == 'table' and type(beat.at) == 'number' and type(beat.kek_versions) == 'table'
+        and beat.at >= tonumber(ARGV[4]) and beat.at <= 2 ^ 53 then
       local loaded = false
-      for _, version in ipairs(beat.kek_versions or {}) do
+      for _, version in ipairs(beat.kek_versions) do
         loaded = loaded or version == tonumber(ARGV[3])
       end
       if not loaded then
