@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import shutil
 import sys
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import pytest
@@ -21,6 +25,8 @@ Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
+LEFT_BEHIND = 86_400
+"""Seconds after which a folder belongs to no run."""
 MEMORY = "/dev/shm"  # noqa: S108 - folders in it are made by pytest and tempfile, for one user and with new names
 
 
@@ -38,6 +44,15 @@ def _files_in_memory() -> bool:
     small = found.f_bavail * found.f_frsize < 2 << 30
     usable = os.access(MEMORY, os.W_OK | os.X_OK) and not found.f_flag & os.ST_NOEXEC
     return usable and not small and "FAULT_RUNS" not in os.environ
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Take away what a run that was killed has left in memory; pytest sees to its own folders."""
+    if not hasattr(session.config, "workerinput"):
+        for folder in Path(MEMORY).glob("kms-it-*"):
+            with contextlib.suppress(OSError):  # somebody else's, or gone meanwhile
+                if time.time() - folder.stat().st_mtime > LEFT_BEHIND:
+                    shutil.rmtree(folder)
 
 
 # Where pytest makes `tmp_path`, and `tests.integration.world` its folders; somebody's own choice counts.

@@ -23,7 +23,7 @@ from progressdb_kms.domain.keys import ALL_TAGS, KeyState, StateChange, locate
 from progressdb_kms.domain.rotation import Rotation
 from progressdb_kms.ports import Destroyed, Extras, Imported
 from progressdb_kms.store.memory import MemoryStore
-from progressdb_kms.usecases import backup, rotation, snapshots
+from progressdb_kms.usecases import backup, exclusive, importing, rotation, snapshots
 from progressdb_kms.usecases.backup import verify_export
 from progressdb_kms.usecases.destruction import sweep
 from progressdb_kms.usecases.importing import import_export
@@ -161,6 +161,26 @@ async def test_import_under_a_lost_lock_is_not_finished(scene: Scene, harness: H
     await new.store.rotation_ledger.release(held)
     assert (await import_export(new.vault, file.chunks)).counts == {"added": 1}
     await new.book.start(scene.now)
+
+
+async def test_import_that_lost_its_lock_writes_no_more(
+    scene: Scene, harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even the records that it has read already: what they need may be retired by then."""
+    (key,) = await scene.create("a")
+    file = await scene.export()
+    _forget(harness)
+    new = await scene.elsewhere(harness.store)
+    monkeypatch.setattr(exclusive, "LEASE", 0.0)
+
+    async def take_the_lock(*_: object) -> list[str]:
+        await new.store.rotation_ledger.acquire("another", 60)
+        return []
+
+    monkeypatch.setattr(importing, "bad_blobs", take_the_lock)
+    with pytest.raises(Fenced):
+        await import_export(new.vault, file.chunks)
+    assert await new.store.keys.get([key.key_id]) == [None]
 
 
 async def test_merge_adds_and_never_replaces(scene: Scene, harness: Harness) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import structlog
 
@@ -70,6 +70,15 @@ class _Waiting:
     done: asyncio.Future[None] | None
 
 
+class _Opening(NamedTuple):
+    """A chain that is about to be begun."""
+
+    chain: Chain
+    generation: int
+    record: Record
+    batch: AuditBatch
+
+
 class ChainedAuditLog:
     """Implements ``AuditLog``.
 
@@ -112,6 +121,7 @@ class ChainedAuditLog:
         self._queue: deque[_Waiting] = deque()
         self._worker: asyncio.Task[None] | None = None
         self._chain: Chain | None = None
+        self._opening: _Opening | None = None
         self._files: AuditFiles | None = None
         self._pending: list[Record] = []
         self._confirmed = (0, NOTHING)
@@ -180,15 +190,20 @@ class ChainedAuditLog:
         """Close the chain, if one is open, as far as it can be written now."""
         if self._worker is not None:
             await self._worker
-        if self._queue or self._after:
-            await self._once()
-        chain = self._chain
-        if chain is not None:
-            self._pending.append(chain.control(self._control(CLOSE)))
+        # Twice: where the store turns out to know another history, another chain says so, and is closed.
+        for _ in range(2):
+            if self._queue or self._after:
+                await self._once()
+            if self._chain is None:
+                break
+            self._pending.append(self._chain.control(self._control(CLOSE)))
             try:
                 await self._flush(closed=True)
+                break
             except KmsError as error:
                 log.warning("audit_not_closed", detail=error.detail, records=len(self._pending))
+                if not self._after:
+                    break
         if self._files is not None:
             self._files.close()
         if self._queue:
@@ -275,41 +290,49 @@ class ChainedAuditLog:
     async def _open(self) -> None:
         """Begin a chain: its opening is anchored, together with the roster that lists it, before all else."""
         for _ in range(_ROSTER_TRIES):
-            anchor = await self._store.anchor()
-            name = secrets.token_hex(8)
-            chain = Chain(self._key, name)
-            opening = roster_with(self._key, self._known, anchor, name)
-            fields = {
-                "audit": OPEN,
-                "at": round(self._now(), 6),
-                "instance": self._instance,
-                "outcome": "ok",
-                "release": self._release,
-                "roster": opening.generation,
-                **opening.said,
-                **self._after,
-            }
-            record = chain.control(fields)
-            batch = AuditBatch(
-                name,
-                (0, NOTHING),
-                [record],
-                chain.head(record, self._now()),
-                self._sinks.stream,
-                (anchor.roster, opening.roster),
-            )
-            committed = await self._store.commit(batch)
+            if self._opening is None:
+                self._opening = await self._new_opening()
+            # Where this raises it may have been anchored all the same: the next try repeats it, instead of
+            # leaving a chain behind with each.
+            committed = await self._store.commit(self._opening.batch)
+            opening, self._opening = self._opening, None
             if committed is Committed.DONE:
-                self._chain, self._generation, self._after = chain, opening.generation, {}
-                self._confirmed, self._pending, self._shown = (1, record.mac), [], 0
+                record = opening.record
+                self._chain, self._generation, self._after = opening.chain, opening.generation, {}
+                self._confirmed, self._pending, self._shown = (1, record.mac), [record], 0
                 self._again = {}
                 self._signed_at = (1, self._now())
                 if self._sinks.directory is not None:
-                    self._files = AuditFiles(self._sinks.directory, name, self._sinks.file_bytes)
-                self._pending = [record]
-                log.debug("audit_chain_opened", chain=name, key_id=self._key.key_id)
+                    self._files = AuditFiles(self._sinks.directory, self.chain, self._sinks.file_bytes)
+                log.debug("audit_chain_opened", chain=self.chain, key_id=self._key.key_id)
                 return
         raise AuditUnavailable("the audit log's roster changes all the time: try again")
+
+    async def _new_opening(self) -> _Opening:
+        anchor = await self._store.anchor()
+        name = secrets.token_hex(8)
+        chain = Chain(self._key, name)
+        opening = roster_with(self._key, self._known, anchor, name)
+        fields = {
+            "audit": OPEN,
+            "at": round(self._now(), 6),
+            "instance": self._instance,
+            "outcome": "ok",
+            "release": self._release,
+            "roster": opening.generation,
+            **opening.said,
+            **self._after,
+        }
+        record = chain.control(fields)
+        batch = AuditBatch(
+            name,
+            (0, NOTHING),
+            [record],
+            chain.head(record, self._now()),
+            self._sinks.stream,
+            (anchor.roster, opening.roster),
+        )
+        return _Opening(chain, opening.generation, record, batch)
 
     async def _flush(self, *, closed: bool = False) -> None:
         """Bring all sinks up to date.

@@ -18,7 +18,7 @@ from progressdb_kms.usecases.backup import (
     records_of,
 )
 from progressdb_kms.usecases.destroyer import Destroyer
-from progressdb_kms.usecases.exclusive import exclusive
+from progressdb_kms.usecases.exclusive import LEASE, exclusive
 from progressdb_kms.usecases.vault import audited
 
 if TYPE_CHECKING:
@@ -91,6 +91,8 @@ async def import_export(
             await vault.backups.raise_floors(export.registry.active if view is None else view.active)
             for records in records_of(chunks, export):
                 report.bad += await bad_blobs(vault.source, records)
+                # A version that they need can't be retired while the lock is held, and it may have been lost.
+                await vault.ledger.renew(lock, LEASE)
                 results = await vault.backups.import_records(records)
                 report.counts.update(str(result) for result in results)
                 for record, result in zip(records, results, strict=True):

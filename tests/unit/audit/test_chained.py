@@ -13,6 +13,7 @@ import pytest
 from progressdb_kms.audit import chained
 from progressdb_kms.audit.reading import files_in, verify_store
 from progressdb_kms.domain.audit import AuditKey
+from progressdb_kms.domain.errors import AuditUnavailable
 from tests.unit.audit.scene import Scene, event, refused
 
 
@@ -166,6 +167,37 @@ async def test_a_conflict_is_told_without_an_event(scene: Scene) -> None:
     opened = [each for each in map(json.loads, scene.lines()) if each["audit"] == "audit.open"]
     assert [each.get("after", {}).get("chain") for each in opened] == [None, given_up]
     await log.close()
+
+
+async def test_a_conflict_at_the_end_is_told_too(scene: Scene) -> None:
+    """Met by the closing itself, or before it without a tick in between: a closed chain names the other."""
+    met_at_the_end, met_before = scene.log("i1"), scene.log("i2")
+    for log in (met_at_the_end, met_before):
+        await log.record([event(1)])
+    given_up = [met_at_the_end.chain, met_before.chain]
+    scene.store.heads.clear()
+    assert await refused(met_before, 2)
+    for log in (met_at_the_end, met_before):
+        await log.close()
+    lines = list(map(json.loads, scene.lines()))
+    named = {each["after"]["chain"]: each["chain"] for each in lines if "after" in each}
+    assert sorted(named) == sorted(given_up)
+    closed = [each["chain"] for each in lines if each["audit"] == "audit.close"]
+    assert sorted(closed) == sorted(named.values())
+
+
+async def test_an_opening_without_an_answer_is_repeated(scene: Scene) -> None:
+    """However often the store takes it and does not say so, there is one chain."""
+    log = scene.log()
+    for _ in range(5):
+        scene.store.lose_answer = True
+        with pytest.raises(AuditUnavailable):
+            await log.open()
+    await log.open()
+    await log.close()
+    assert len((await scene.store.anchor()).heads) == 1
+    report = await scene.verify()
+    assert (report.intact, report.records) == (True, 2)
 
 
 async def test_outcomes_survive_a_conflict(scene: Scene) -> None:

@@ -124,7 +124,7 @@ class RedisRegistry:
                 )
             )
             if reply == b"fenced":
-                raise Fenced("another run has taken the lock of rotations")
+                raise Fenced("another command has taken the lock of rotations meanwhile: run this one again")
             if isinstance(reply, list):
                 raise instances_missing(change.active, [name.decode() for name in reply[1:]])
             if reply == b"ok":
