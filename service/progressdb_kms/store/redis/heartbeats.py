@@ -28,7 +28,7 @@ class RedisHeartbeats:
             return
         gone = [
             name
-            for name, known in await self._known()
+            for name, known in await self._by_name()
             if known is None or known.at < heartbeat.at - _FORGET_AFTER
         ]
         if gone:
@@ -41,9 +41,10 @@ class RedisHeartbeats:
 
     async def live(self) -> list[Heartbeat]:
         """Return the last heartbeat of each known instance; one that can't be read is left out."""
-        return [beat for _, beat in await self._known() if beat is not None]
+        entries = await self._router.read_one(Call(CONTROL, ("HVALS", INSTANCES_KEY)))
+        return [beat for beat in map(_read, entries) if beat is not None]
 
-    async def _known(self) -> list[tuple[bytes, Heartbeat | None]]:
+    async def _by_name(self) -> list[tuple[bytes, Heartbeat | None]]:
         """Return the entries by name, None for one that can't be read."""
         reply = await self._router.read_one(Call(CONTROL, ("HGETALL", INSTANCES_KEY)))
         return [(name, _read(entry)) for name, entry in zip(reply[::2], reply[1::2], strict=True)]
