@@ -16,7 +16,7 @@ import yaml
 
 from progressdb_kms.kek.keyfile import raw_keys, read_entries
 from tests.cli.conftest import Command
-from tests.cli.helpers import Dev, start_dev
+from tests.cli.helpers import Dev, start_dev, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +70,9 @@ def test_a_terminal_sees_a_bar(rotated: Dev) -> None:
 def test_kek_status_and_rotations(kms: Command, rotated: Dev) -> None:
     """The new version is active; the rotation is listed and shown, as a table and as JSON."""
     where = ("--dev-dir", rotated.directory)
+    # The service reads the registry each second, and a rotation of a few keys may take no longer.
+    wait_until(lambda: kms("kek", "status", *where, "--json").json["active"] == 2)
     status = kms("kek", "status", *where, "--json").json
-    assert status["active"] == 2
     states = {version["version"]: version["state"] for version in status["versions"]}
     assert states == {1: "decrypt_only", 2: "active"}
     assert all(version["fingerprint"].startswith("kek_") for version in status["versions"])
